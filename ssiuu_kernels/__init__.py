@@ -1,0 +1,26 @@
+"""Fused kernels for robust unlearning: attribution, the SSIUU penalty and its optimizer, under Hugging Face models."""
+
+from . import ops
+from .backends import Availability, available_backends
+from .env import collect_env
+from .log_probs import sequence_log_probs
+from .ops import GluGrads, NeuronScores, PenaltyStats
+from .optim import SsiuuAdamW, SsiuuPenalty
+from .patching import PatchHandle, patch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Availability",
+    "GluGrads",
+    "NeuronScores",
+    "PatchHandle",
+    "PenaltyStats",
+    "SsiuuAdamW",
+    "SsiuuPenalty",
+    "available_backends",
+    "collect_env",
+    "ops",
+    "patch",
+    "sequence_log_probs",
+]

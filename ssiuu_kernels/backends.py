@@ -1,0 +1,130 @@
+"""Which implementation of an op runs: the registry of kernels, and the choice among them.
+
+Every op folder registers one kernel per backend. A kernel says, for the tensors at hand, why it cannot run; naming a
+backend that cannot run raises with that reason, and `auto` takes the first of `AUTO_ORDER` that can.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("reference", "native", "triton")
+AUTO_ORDER = ("native", "triton", "reference")
+ENVIRONMENT_VARIABLE = "SSIUU_BACKEND"
+
+
+class Availability(NamedTuple):
+    """Whether a backend can run here, and why (or why not) in one sentence."""
+
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's implementation of one op; `why_not(*tensors)` names the obstacle, or None if it can run."""
+
+    run: Callable
+    why_not: Callable[..., str | None]
+
+
+_kernels: dict[tuple[str, str], Kernel] = {}
+
+
+def register(op: str, backend: str, run: Callable, why_not: Callable[..., str | None] = lambda *_: None) -> None:
+    """Add `backend`'s kernel for `op`. `why_not` is called with the op's tensors, None where one is absent."""
+    _kernels[op, backend] = Kernel(run, why_not)
+
+
+@cache
+def native_module() -> ModuleType | None:
+    """The compiled module, or None where the package was not built."""
+    if importlib.util.find_spec("ssiuu_kernels._native") is None:
+        return None
+    return importlib.import_module("ssiuu_kernels._native")
+
+
+@cache
+def _native_availability() -> Availability:
+    native = native_module()
+    if native is None:
+        return Availability(False, "the native module is not built: install the package with `pip install .`")
+    info = native.build_info()
+    if not native.cpu_supported():
+        return Availability(
+            False, f"built for {info['cpu_isa']}, which this CPU lacks: rebuild with SSIUU_CPU_ARCH=x86-64-v2"
+        )
+    return Availability(True, f"CPU kernels for {info['cpu_isa']}; {_native_cuda_state(info)}")
+
+
+def _native_cuda_state(info: dict) -> str:
+    if not info["cuda"]:
+        return "built without CUDA"
+    return f"CUDA kernels for {info['cuda_archs']}, " + (
+        "used when named (not yet measured on a device)" if torch.cuda.is_available() else "no CUDA device here"
+    )
+
+
+def available_backends() -> dict[str, Availability]:
+    """Every backend with whether it can run on this machine, and the reason.
+
+    Returns:
+        `{"reference": ..., "native": ..., "triton": ...}`, each an `Availability(ok, reason)`.
+    """
+    has_triton = any(backend == "triton" for _, backend in _kernels)
+    return {
+        "reference": Availability(True, "plain PyTorch, the definition of each op"),
+        "native": _native_availability(),
+        "triton": Availability(has_triton, "registered" if has_triton else "this version has no Triton kernels"),
+    }
+
+
+def check_backend(backend: str) -> str:
+    """`backend` if it is a known name or "auto"; a ValueError that lists the names otherwise."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; expected 'auto' or one of {', '.join(BACKENDS)}")
+    return backend
+
+
+def _why_not(op: str, backend: str, tensors: tuple) -> str | None:
+    state = available_backends()[backend]
+    if not state.ok:
+        return state.reason
+    kernel = _kernels.get((op, backend))
+    return f"{op} has no {backend} kernel" if kernel is None else kernel.why_not(*tensors)
+
+
+def select(op: str, backend: str, *tensors: torch.Tensor | None) -> Callable:
+    """The function that runs `op` on `tensors`.
+
+    Args:
+        op: name under which kernels were registered.
+        backend: "auto" or a backend's name. `SSIUU_BACKEND`, where set, replaces "auto".
+        tensors: the op's tensor arguments, in its own order.
+
+    Raises:
+        ValueError: unknown backend, or a named backend that cannot run, with its reason.
+    """
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    check_backend(backend)
+    if backend != "auto":
+        reason = _why_not(op, backend, tensors)
+        if reason is not None:
+            raise ValueError(f"backend={backend!r} cannot run {op}: {reason}; use backend='auto'")
+        return _kernels[op, backend].run
+    for candidate in AUTO_ORDER:
+        # CUDA kernels stay opt-in until a committed measurement shows that they are faster.
+        if candidate == "native" and any(t is not None and t.is_cuda for t in tensors):
+            continue
+        if _why_not(op, candidate, tensors) is None:
+            return _kernels[op, candidate].run
+    raise AssertionError(f"{op} has no reference kernel")

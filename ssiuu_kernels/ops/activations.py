@@ -1,0 +1,83 @@
+"""The activations of gated and ungated MLPs and their derivatives, in plain PyTorch.
+
+The native counterpart is csrc/include/ssiuu/activation.h; `CODES` is the order that both share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Activation(NamedTuple):
+    """`value(x)` and `derivative(x)`, elementwise; at 0 the derivative of a rectifier is 0, as in PyTorch."""
+
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+def _silu_derivative(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_derivative(x: Tensor) -> Tensor:
+    return _normal_cdf(x) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+_TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(_TANH_SCALE * (x + _TANH_CUBE * x * x * x)))
+
+
+def _gelu_tanh_derivative(x: Tensor) -> Tensor:
+    t = torch.tanh(_TANH_SCALE * (x + _TANH_CUBE * x * x * x))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)
+
+
+ACTIVATIONS = {
+    "silu": Activation(lambda x: x * torch.sigmoid(x), _silu_derivative),
+    "gelu": Activation(lambda x: x * _normal_cdf(x), _gelu_derivative),
+    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_derivative),
+    "relu": Activation(torch.relu, lambda x: (x > 0).to(x.dtype)),
+    "relu_squared": Activation(lambda x: torch.relu(x).square(), lambda x: 2 * torch.relu(x)),
+}
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+
+def check_activation(activation: str) -> str:
+    """`activation` if it is known; a ValueError that lists the names otherwise."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+    return activation
+
+
+def recognise(function: Callable[[Tensor], Tensor]) -> str | None:
+    """The name of the activation that `function` computes, found by its values, or None.
+
+    Libraries have many classes for one activation; their values on a float64 grid tell more than their names. The grid
+    separates the erf and tanh forms of GELU, which differ by up to 5e-4.
+    """
+    grid = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            values = function(grid)
+    except Exception:  # whatever refuses a plain float64 vector is no elementwise activation of ours
+        return None
+    if not isinstance(values, Tensor) or values.shape != grid.shape:
+        return None
+    for name, activation in ACTIVATIONS.items():
+        # 1e-6 leaves room for functions that compute in float32 whatever they are given.
+        if torch.allclose(values.double(), activation.value(grid), rtol=0, atol=1e-6):
+            return name
+    return None
