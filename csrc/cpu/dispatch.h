@@ -1,0 +1,45 @@
+// From run-time codes to template arguments, and the division of work that every CPU kernel shares.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "ssiuu/activation.h"
+#include "ssiuu/types.h"
+
+namespace ssiuu::cpu {
+
+// Calls function(T{}) with the element type of dtype.
+template <class Function>
+void dispatch_dtype(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return function(float{});
+    case DType::kBFloat16:
+      return function(BFloat16{});
+  }
+  throw std::invalid_argument("unknown dtype code " + std::to_string(static_cast<int>(dtype)));
+}
+
+// Calls function(Act{}) with the formulas of the activation.
+template <class Function>
+void dispatch_activation(Activation activation, Function&& function) {
+  switch (activation) {
+    case Activation::kSilu:
+      return function(Silu{});
+    case Activation::kGelu:
+      return function(Gelu{});
+    case Activation::kGeluTanh:
+      return function(GeluTanh{});
+    case Activation::kRelu:
+      return function(Relu{});
+    case Activation::kReluSquared:
+      return function(ReluSquared{});
+  }
+  throw std::invalid_argument("unknown activation code " + std::to_string(static_cast<int>(activation)));
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace ssiuu::cpu

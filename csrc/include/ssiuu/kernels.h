@@ -1,0 +1,101 @@
+// The kernels' interface: one parameter struct and one launcher an op. Free of torch and of Python.
+//
+// Strides are in elements, from one row to the next; elements of a row are contiguous. Sizes are 64-bit. Names in
+// brackets are shapes: T rows, F or D columns, B samples, N scalars.
+#pragma once
+
+#include "ssiuu/types.h"
+
+namespace ssiuu {
+
+struct GluForwardParams {
+  DType dtype;
+  Activation activation;
+  int64_t rows, cols;
+  const void* gate;  // [T, F]
+  int64_t gate_stride;
+  const void* up;  // [T, F]
+  int64_t up_stride;
+  void* h;  // [T, F]
+  int64_t h_stride;
+};
+
+// Gradients, and h where asked for, are written for all rows; scores cover the rows of the segments, from the float32
+// values before they are rounded to dtype. An empty segment scores 0; NaN propagates.
+struct GluBackwardParams {
+  DType dtype;
+  Activation activation;
+  int64_t rows, cols;
+  const void* gate;  // [T, F]
+  int64_t gate_stride;
+  const void* up;  // [T, F]
+  int64_t up_stride;
+  const void* grad_h;  // [T, F]
+  int64_t grad_h_stride;
+  void* grad_gate;  // [T, F]
+  int64_t grad_gate_stride;
+  void* grad_up;  // [T, F]
+  int64_t grad_up_stride;
+  void* h;  // [T, F] or null
+  int64_t h_stride;
+  const Segment* segments;  // [B], disjoint, any order; null with num_segments 0
+  int64_t num_segments;
+  float* h_scores;     // [3, B, F] max, min, sum of h * grad_h; null together with gate_scores
+  float* gate_scores;  // [3, B, F] the same of gate * grad_gate
+};
+
+struct TokenScoresParams {
+  DType dtype;
+  int64_t rows, cols;
+  const void* z;  // [T, D]
+  int64_t z_stride;
+  const void* grad_z;  // [T, D]
+  int64_t grad_z_stride;
+  const Segment* segments;  // [B], disjoint, any order
+  int64_t num_segments;
+  float* scores;  // [3, B, D] max, min, sum of z * grad_z; an empty segment scores 0
+};
+
+// Reads grad and writes the sum of grad and the penalty gradient back to it; stores A in prev_attribution.
+struct PenaltyParams {
+  DType param_dtype;
+  DType grad_dtype;   // of grad and target_grad
+  DType state_dtype;  // of prev_attribution
+  int64_t n;
+  const void* param;        // [N]
+  void* grad;               // [N]
+  const void* target_grad;  // [N]
+  void* prev_attribution;   // [N]
+  double weight;            // lambda
+  int64_t step;             // from 1; the first step only stores A
+  double* stats;            // [5], see PenaltyStats
+};
+
+// The same penalty, fed with grad to AdamW; grad and target_grad are left as they are.
+struct PenaltyAdamWParams {
+  DType param_dtype;
+  DType grad_dtype;   // of grad and target_grad
+  DType state_dtype;  // of prev_attribution, exp_avg and exp_avg_sq
+  int64_t n;
+  void* param;              // [N]
+  const void* grad;         // [N]
+  const void* target_grad;  // [N]
+  void* prev_attribution;   // [N]
+  void* exp_avg;            // [N]
+  void* exp_avg_sq;         // [N]
+  int64_t step;             // from 1
+  double lr, beta1, beta2, eps, weight_decay;
+  double weight;  // lambda
+  double* stats;  // [5], see PenaltyStats
+};
+
+namespace cpu {
+
+void glu_forward(const GluForwardParams& params);
+void glu_backward(const GluBackwardParams& params);
+void token_scores(const TokenScoresParams& params);
+void penalty(const PenaltyParams& params);
+void penalty_adamw(const PenaltyAdamWParams& params);
+
+}  // namespace cpu
+}  // namespace ssiuu

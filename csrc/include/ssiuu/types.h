@@ -1,0 +1,58 @@
+// Element types, their codes, and conversion to and from float. Shared by host and device code.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define SSIUU_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define SSIUU_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace ssiuu {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kReluSquared = 4 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Rows [start, end) of the flattened [T, D] that belong to one sample.
+struct Segment {
+  int32_t start;
+  int32_t end;
+};
+
+template <class To, class From>
+SSIUU_HOST_DEVICE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between types of different size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+SSIUU_HOST_DEVICE float to_float(float x) { return x; }
+
+SSIUU_HOST_DEVICE float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+template <class T>
+SSIUU_HOST_DEVICE T from_float(float x);
+
+template <>
+SSIUU_HOST_DEVICE float from_float<float>(float x) {
+  return x;
+}
+
+// Round to nearest even. Without the select the rounding increment could carry a NaN's payload over into infinity.
+template <>
+SSIUU_HOST_DEVICE BFloat16 from_float<BFloat16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
+  return BFloat16{static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+}
+
+}  // namespace ssiuu
