@@ -111,8 +111,8 @@ class SsiuuAdamW(_PenalisedOptimizer):
     Args:
         params: parameters or parameter groups; states have the parameter's type.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        penalty_weight: lambda, or where the steered lambda starts. The paper's is 1e-3 (FaithUn) or 1e-4 (TOFU); it is no
-            portable number.
+        penalty_weight: lambda, or where the steered lambda starts. The paper's is 1e-3 (FaithUn) or 1e-4 (TOFU), but
+            it is no portable number.
         penalty_share: of the scalars in I-, the fraction whose penalty gradient should outweigh their loss gradient;
             lambda is then steered towards it from step to step. None keeps lambda fixed.
         backend: backend of the ops.

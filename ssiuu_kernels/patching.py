@@ -12,7 +12,7 @@ from . import attribution, backends, loss
 from .objectives import Objective
 from .ops import NeuronScores, glu_forward
 from .recording import RecordedGlu, Recorder
-from .structure import ATTENTION, Unsupported, attentions, gated_activation, gated_mlps
+from .structure import ATTENTION, UnsupportedModuleError, attentions, gated_activation, gated_mlps
 
 logger = logging.getLogger(__name__)
 SCOPES = ("mlp", "all")
@@ -46,8 +46,8 @@ def patch(model: nn.Module, *, scope: str = "mlp", backend: str = "auto", strict
 
     Args:
         model: a Hugging Face causal language model.
-        scope: "mlp" attributes `h` and `gate`, and gives a `target_grad` to the patched MLPs' parameters; "all" adds the
-            outputs of Q, K, V, O and down, and gives it to every trainable parameter.
+        scope: "mlp" attributes `h` and `gate`, and gives a `target_grad` to the patched MLPs' parameters; "all" adds
+            the outputs of Q, K, V, O and down, and gives it to every trainable parameter.
         backend: backend of the ops.
         strict: raise where a module has to be skipped.
 
@@ -67,7 +67,7 @@ def patch(model: nn.Module, *, scope: str = "mlp", backend: str = "auto", strict
     for name, module in gated_mlps(model):
         try:
             found[name] = module, gated_activation(module)
-        except Unsupported as reason:
+        except UnsupportedModuleError as reason:
             skipped[name] = str(reason)
     if not found or (strict and skipped):
         raise ValueError(_refusal(model, skipped))
@@ -82,7 +82,7 @@ def patch(model: nn.Module, *, scope: str = "mlp", backend: str = "auto", strict
 def _refusal(model: nn.Module, skipped: dict[str, str]) -> str:
     kind = type(model).__name__
     if not skipped:
-        return f"{kind} has no gated MLP (gate_proj, up_proj and down_proj); expected one of the Llama, Qwen or Mistral kind"
+        return f"{kind} has no gated MLP (gate_proj, up_proj, down_proj); expected a Llama, Qwen or Mistral kind"
     name, reason = next(iter(skipped.items()))
     return f"{kind}: {len(skipped)} gated MLPs cannot be patched, first {name}: {reason}"
 

@@ -14,7 +14,7 @@ GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
 
-class Unsupported(Exception):
+class UnsupportedModuleError(Exception):
     """Why a module that looks like one of ours cannot be patched."""
 
 
@@ -36,24 +36,26 @@ def gated_activation(module: nn.Module) -> str:
     """The activation of a gated MLP that computes `down(act(gate(x)) * up(x))`.
 
     Raises:
-        Unsupported: it computes something else, or cannot be replaced without being noticed.
+        UnsupportedModuleError: it computes something else, or cannot be replaced without being noticed.
     """
     for part in GATED_MLP:
         # A subclass may be a quantised or an adapted layer, whose weight means something else.
         if type(getattr(module, part)) is not nn.Linear:
-            raise Unsupported(f"{part} is a {type(getattr(module, part)).__name__}; expected torch.nn.Linear")
+            raise UnsupportedModuleError(
+                f"{part} is a {type(getattr(module, part)).__name__}; expected torch.nn.Linear"
+            )
     if "forward" in vars(module):
-        raise Unsupported("its forward was already replaced by another library")
+        raise UnsupportedModuleError("its forward was already replaced by another library")
     act_fn = getattr(module, "act_fn", None)
     if not callable(act_fn):
-        raise Unsupported("it has no act_fn")
+        raise UnsupportedModuleError("it has no act_fn")
     if any(getattr(act_fn, hooks, None) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
-        raise Unsupported("act_fn carries hooks, which the fused activation would not call")
+        raise UnsupportedModuleError("act_fn carries hooks, which the fused activation would not call")
     activation = recognise(act_fn)
     if activation is None:
-        raise Unsupported(f"act_fn {type(act_fn).__name__} is none of {', '.join(ACTIVATIONS)}")
+        raise UnsupportedModuleError(f"act_fn {type(act_fn).__name__} is none of {', '.join(ACTIVATIONS)}")
     if not _computes_gated_mlp(module, activation):
-        raise Unsupported(f"{type(module).__name__}.forward does not compute down(act(gate(x)) * up(x))")
+        raise UnsupportedModuleError(f"{type(module).__name__}.forward does not compute down(act(gate(x)) * up(x))")
     return activation
 
 
@@ -65,10 +67,7 @@ def _computes_gated_mlp(module: nn.Module, activation: str) -> bool:
     """
     generator = torch.Generator().manual_seed(0)
     sizes = {"gate_proj": (4, 8), "up_proj": (4, 8), "down_proj": (8, 4)}
-    tiny = {
-        name: nn.Linear(*size, dtype=torch.float64, device="meta").to_empty(device="cpu")
-        for name, size in sizes.items()
-    }
+    tiny = {name: nn.utils.skip_init(nn.Linear, *size, dtype=torch.float64) for name, size in sizes.items()}
     for linear in tiny.values():
         for parameter in linear.parameters():
             parameter.data.normal_(generator=generator)

@@ -31,11 +31,10 @@ def glu_backward(
     grad_gate = dh * u * derivative(g)
     grad_up = dh * activated
     h = activated * u if recompute_h or scores else None
-    none = absent(gate)
     return (
         grad_gate.to(gate.dtype),
         grad_up.to(gate.dtype),
-        h.to(gate.dtype) if recompute_h else none,
-        segment_scores(h * dh, segments) if scores else none,
-        segment_scores(g * grad_gate, segments) if scores else none.clone(),
+        h.to(gate.dtype) if recompute_h else absent(gate),
+        segment_scores(h * dh, segments) if scores else absent(gate),
+        segment_scores(g * grad_gate, segments) if scores else absent(gate),
     )
