@@ -31,10 +31,26 @@ void glu_backward_cpu(int dtype, int activation, int64_t rows, int64_t cols, Add
                       Address up, int64_t up_stride, Address grad_h, int64_t grad_h_stride, Address grad_gate,
                       int64_t grad_gate_stride, Address grad_up, int64_t grad_up_stride, Address h, int64_t h_stride,
                       Address segments, int64_t num_segments, Address h_scores, Address gate_scores) {
-  ssiuu::cpu::glu_backward({DType(dtype), Activation(activation), rows, cols, pointer(gate), gate_stride, pointer(up),
-                            up_stride, pointer(grad_h), grad_h_stride, pointer(grad_gate), grad_gate_stride,
-                            pointer(grad_up), grad_up_stride, pointer(h), h_stride, pointer<Segment>(segments),
-                            num_segments, pointer<float>(h_scores), pointer<float>(gate_scores)});
+  ssiuu::cpu::glu_backward({DType(dtype),
+                            Activation(activation),
+                            rows,
+                            cols,
+                            pointer(gate),
+                            gate_stride,
+                            pointer(up),
+                            up_stride,
+                            pointer(grad_h),
+                            grad_h_stride,
+                            pointer(grad_gate),
+                            grad_gate_stride,
+                            pointer(grad_up),
+                            grad_up_stride,
+                            pointer(h),
+                            h_stride,
+                            pointer<Segment>(segments),
+                            num_segments,
+                            pointer<float>(h_scores),
+                            pointer<float>(gate_scores)});
 }
 
 void token_scores_cpu(int dtype, int64_t rows, int64_t cols, Address z, int64_t z_stride, Address grad_z,

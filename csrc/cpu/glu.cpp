@@ -61,6 +61,10 @@ void backward_tile(const GluBackwardParams& p, const Tile& tile, RunningScores* 
         gate_scores->update(j, attribution(g, out.grad_gate));
       }
     }
+    if constexpr (kScores) {
+      h_scores->end_row(row - tile.start + 1);
+      gate_scores->end_row(row - tile.start + 1);
+    }
   }
 }
 
@@ -111,7 +115,8 @@ void glu_forward(const GluForwardParams& p) {
         for (int64_t stripe = 0; stripe < stripes; ++stripe) {
           const int64_t row = b * kMaxBlockRows;
           const int64_t col = stripe * kStripeCols;
-          forward_tile<T, Act>(p, {row, std::min(row + kMaxBlockRows, p.rows), col, std::min(kStripeCols, p.cols - col)});
+          forward_tile<T, Act>(p,
+                               {row, std::min(row + kMaxBlockRows, p.rows), col, std::min(kStripeCols, p.cols - col)});
         }
       }
     });

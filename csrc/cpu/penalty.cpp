@@ -31,24 +31,25 @@ void for_each_chunk(int64_t n, double* stats, Chunk&& chunk) {
 // Applies the penalty to scalars [begin, end); write(i, sum of loss and penalty gradient) does the rest.
 template <class Param, class Grad, class State, class Write>
 PenaltyStats penalty_chunk(int64_t begin, int64_t end, const Param* param, const Grad* grad, const Grad* target_grad,
-                           State* prev_attribution, float twice_weight, bool first_step, Write&& write) {
+                           State* prev_attribution, PenaltyStep step, Write write) {
   double value = 0.0, penalty_grad_square = 0.0, loss_grad_square = 0.0;
-  int32_t outweighed = 0, negative = 0;
+  float outweighed = 0.0f,
+        negative = 0.0f;  // counts up to kChunk are exact
 #pragma omp simd reduction(+ : value, penalty_grad_square, loss_grad_square, outweighed, negative)
   for (int64_t i = begin; i < end; ++i) {
     const float loss_grad = to_float(grad[i]);
-    const PenaltyTerm term = penalty_term(to_float(param[i]), to_float(target_grad[i]), to_float(prev_attribution[i]),
-                                          twice_weight, first_step);
+    const PenaltyTerm term =
+        penalty_term(to_float(param[i]), to_float(target_grad[i]), to_float(prev_attribution[i]), step);
     prev_attribution[i] = from_float<State>(term.attribution);
     write(i, loss_grad + term.grad);
     // Squares in double: attributions of 1e-20 and less are common, and their float squares would be 0.
     value += static_cast<double>(term.growth) * static_cast<double>(term.growth);
     penalty_grad_square += static_cast<double>(term.grad) * static_cast<double>(term.grad);
     loss_grad_square += static_cast<double>(loss_grad) * static_cast<double>(loss_grad);
-    outweighed += term.negative & (fabsf(term.grad) > fabsf(loss_grad)) ? 1 : 0;
-    negative += term.negative ? 1 : 0;
+    outweighed += fabsf(term.grad) > fabsf(loss_grad) ? 1.0f : 0.0f;
+    negative += term.attribution < 0.0f ? 1.0f : 0.0f;
   }
-  return {value, penalty_grad_square, loss_grad_square, static_cast<double>(outweighed), static_cast<double>(negative)};
+  return {value, penalty_grad_square, loss_grad_square, outweighed, negative};
 }
 
 template <class Function>
@@ -69,9 +70,9 @@ void penalty(const PenaltyParams& p) {
     auto* grad = static_cast<Grad*>(p.grad);
     const auto* target_grad = static_cast<const Grad*>(p.target_grad);
     auto* prev_attribution = static_cast<State*>(p.prev_attribution);
-    const auto twice_weight = static_cast<float>(2.0 * p.weight);
+    const PenaltyStep step(p.weight, p.step);
     for_each_chunk(p.n, p.stats, [&](int64_t begin, int64_t end) {
-      return penalty_chunk(begin, end, param, grad, target_grad, prev_attribution, twice_weight, p.step < 2,
+      return penalty_chunk(begin, end, param, grad, target_grad, prev_attribution, step,
                            [=](int64_t i, float sum) { grad[i] = from_float<Grad>(sum); });
     });
   });
@@ -88,19 +89,18 @@ void penalty_adamw(const PenaltyAdamWParams& p) {
     auto* prev_attribution = static_cast<State*>(p.prev_attribution);
     auto* exp_avg = static_cast<State*>(p.exp_avg);
     auto* exp_avg_sq = static_cast<State*>(p.exp_avg_sq);
-    const auto twice_weight = static_cast<float>(2.0 * p.weight);
+    const PenaltyStep step(p.weight, p.step);
     const AdamWStep adamw(p.step, p.lr, p.beta1, p.beta2, p.eps, p.weight_decay);
     for_each_chunk(p.n, p.stats, [&](int64_t begin, int64_t end) {
-      return penalty_chunk(begin, end, param, grad, target_grad, prev_attribution, twice_weight, p.step < 2,
-                           [=](int64_t i, float sum) {
-                             float w = to_float(param[i]);
-                             float m = to_float(exp_avg[i]);
-                             float v = to_float(exp_avg_sq[i]);
-                             adamw_update(w, m, v, sum, adamw);
-                             param[i] = from_float<Param>(w);
-                             exp_avg[i] = from_float<State>(m);
-                             exp_avg_sq[i] = from_float<State>(v);
-                           });
+      return penalty_chunk(begin, end, param, grad, target_grad, prev_attribution, step, [=](int64_t i, float sum) {
+        float w = to_float(param[i]);
+        float m = to_float(exp_avg[i]);
+        float v = to_float(exp_avg_sq[i]);
+        adamw_update(w, m, v, sum, adamw);
+        param[i] = from_float<Param>(w);
+        exp_avg[i] = from_float<State>(m);
+        exp_avg_sq[i] = from_float<State>(v);
+      });
     });
   });
 }

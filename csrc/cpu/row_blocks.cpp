@@ -13,8 +13,7 @@ void append_blocks(RowBlocks& plan, int64_t start, int64_t end, int64_t segment)
   const int64_t count = ceil_div(end - start, kMaxBlockRows);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t slot = segment >= 0 && count > 1 ? plan.num_slots++ : -1;
-    plan.blocks.push_back(
-        {start + (end - start) * i / count, start + (end - start) * (i + 1) / count, segment, slot});
+    plan.blocks.push_back({start + (end - start) * i / count, start + (end - start) * (i + 1) / count, segment, slot});
   }
 }
 
@@ -58,7 +57,8 @@ void finish_scores(const RowBlocks& plan, const Segment* segments, int64_t num_s
       const bool first = block.segment != previous;
       previous = block.segment;
       if (first) {
-        for (int s = 0; s < 3; ++s) std::copy(partial + s * cols + begin, partial + s * cols + end, score + s * stat + begin);
+        for (int s = 0; s < 3; ++s)
+          std::copy(partial + s * cols + begin, partial + s * cols + end, score + s * stat + begin);
         continue;
       }
 #pragma omp simd

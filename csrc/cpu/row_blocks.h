@@ -1,5 +1,5 @@
-// How the rows of [T, D] are divided into tasks: pieces of segments, whose rows are scored, and the rows between segments.
-// The division depends on the shapes alone, so that results do not depend on the number of threads.
+// How the rows of [T, D] are divided into tasks: pieces of segments, whose rows are scored, and the rows between
+// segments. The division depends on the shapes alone, so that results do not depend on the number of threads.
 #pragma once
 
 #include <vector>

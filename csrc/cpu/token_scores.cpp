@@ -27,6 +27,7 @@ void scores_of_segments(const TokenScoresParams& p) {
         const T* grad_z = static_cast<const T*>(p.grad_z) + row * p.grad_z_stride + col;
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) scores.update(j, attribution(to_float(z[j]), to_float(grad_z[j])));
+        scores.end_row(row - block.start + 1);
       }
       scores.store(score_rows(block, p.scores, p.num_segments, partials.get(), p.cols), col, count);
     }

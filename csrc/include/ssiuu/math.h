@@ -56,8 +56,8 @@ struct Normal {
 
 // The standard normal distribution. cdf(-z) = e^(-z^2/2) m(z) for z >= 0, where m falls smoothly from 1/2 like
 // 1 / (z sqrt(2 pi)): a polynomial without constant term in t = 1 / (1 + 0.24 z), minimax in relative error (2e-8) on
-// [0, 14.5]; beyond, e^(-z^2/2) is 0 in float32. One exponential serves cdf and pdf, and the left tail keeps its relative
-// accuracy, which 0.5 * (1 + erf) loses.
+// [0, 14.5]; beyond, e^(-z^2/2) is 0 in float32. One exponential serves cdf and pdf, and the left tail keeps its
+// relative accuracy, which 0.5 * (1 + erf) loses.
 SSIUU_HOST_DEVICE Normal standard_normal(float x) {
   const float z = fabsf(x);
   const float e = exp_f32(-0.5f * z * z);

@@ -1,26 +1,33 @@
 // The parameter-level penalty (paper, Algorithm 1) for one scalar, and the statistics of a step.
 #pragma once
 
+#include <cmath>
+
+#include "ssiuu/attribution.h"
 #include "ssiuu/types.h"
 
 namespace ssiuu {
+
+// The scalars of one step.
+struct PenaltyStep {
+  float twice_weight;  // 2 * lambda
+  float threshold;     // A below it is penalised: 0, and -infinity at the first step, which has no A_prev
+
+  PenaltyStep() = default;
+  PenaltyStep(double weight, int64_t step)
+      : twice_weight(static_cast<float>(2.0 * weight)), threshold(step < 2 ? -HUGE_VALF : 0.0f) {}
+};
 
 struct PenaltyTerm {
   float attribution;  // A = param * target_grad
   float growth;       // A - A_prev where A < 0, else 0
   float grad;         // 2 * weight * growth * target_grad
-  bool negative;      // A < 0
 };
 
-// `twice_weight` is 2 * lambda, and 0 at the first step, where there is no A_prev to compare with.
-SSIUU_HOST_DEVICE PenaltyTerm penalty_term(float param, float target_grad, float prev_attribution, float twice_weight,
-                                           bool first_step) {
-  PenaltyTerm term;
-  term.attribution = param * target_grad;
-  term.negative = term.attribution < 0.0f;
-  term.growth = term.negative & !first_step ? term.attribution - prev_attribution : 0.0f;
-  term.grad = term.negative & !first_step ? twice_weight * term.growth * target_grad : 0.0f;
-  return term;
+SSIUU_HOST_DEVICE PenaltyTerm penalty_term(float param, float target_grad, float prev_attribution, PenaltyStep step) {
+  const float a = attribution(param, target_grad);
+  const float growth = a < step.threshold ? a - prev_attribution : 0.0f;
+  return PenaltyTerm{a, growth, a < step.threshold ? step.twice_weight * growth * target_grad : 0.0f};
 }
 
 // In this order in memory: it is the double[5] that callers receive.
