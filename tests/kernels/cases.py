@@ -1,0 +1,30 @@
+"""Shapes, segments and layouts on which every kernel is tried."""
+
+import torch
+
+BACKENDS = ["reference", "native"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+# (rows, columns, segments): odd sizes, none a multiple of a vector or a block.
+SEGMENTED = {
+    "one sample": (37, 129, [(0, 37)]),
+    "one token": (1, 17, [(0, 1)]),
+    "no rows": (0, 5, [(0, 0)]),
+    "no samples": (6, 9, []),
+    "left padding": (24, 33, [(3, 8), (8, 16), (20, 24)]),
+    "right padding": (24, 33, [(0, 5), (8, 16), (16, 19)]),
+    "an empty sample": (13, 65, [(0, 6), (6, 6), (6, 13)]),
+    "packed, out of order": (50, 31, [(30, 50), (0, 11), (11, 30)]),
+    "a long sample": (1501, 7, [(0, 1300), (1310, 1501)]),
+    "one column": (19, 1, [(0, 10), (10, 19)]),
+    "wide": (3, 5003, [(0, 2), (2, 3)]),
+}
+
+
+def random_rows(rows, cols, dtype, *, sliced=False):
+    """Normal numbers `[rows, cols]`; `sliced` takes them from a wider tensor, as a fused projection gives them."""
+    return torch.randn(rows, 2 * cols + 3).to(dtype)[:, 1 : cols + 1] if sliced else torch.randn(rows, cols).to(dtype)
+
+
+def as_segments(pairs):
+    return torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2)

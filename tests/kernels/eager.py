@@ -1,0 +1,54 @@
+"""The ops in eager PyTorch, with autograd's derivatives, as a user would write them: what kernels are held against."""
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+
+
+def segment_scores(product, segments):
+    """`[T, D]` -> `[3, B, D]` of max, min and sum over each segment's rows."""
+    scores = product.new_zeros(3, len(segments), product.shape[1])
+    for sample, (start, end) in enumerate(segments.tolist()):
+        if start < end:
+            rows = product[start:end]
+            scores[:, sample] = torch.stack([rows.max(0).values, rows.min(0).values, rows.sum(0)])
+    return scores
+
+
+def glu(gate, up, grad_h, segments, activation):
+    """h, grad_gate, grad_up, h scores and gate scores, all in the inputs' type."""
+    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+    h = ACTIVATIONS[activation](gate) * up
+    grad_gate, grad_up = torch.autograd.grad(h, (gate, up), grad_h)
+    h, gate = h.detach(), gate.detach()
+    return {
+        "h": h,
+        "grad_gate": grad_gate,
+        "grad_up": grad_up,
+        "h_scores": segment_scores(h * grad_h, segments),
+        "gate_scores": segment_scores(gate * grad_gate, segments),
+    }
+
+
+def penalty(param, grad, target_grad, previous, weight, step):
+    """The penalised gradient, the new attribution and (value, penalty norm, loss norm, share, negative)."""
+    attribution = param * target_grad
+    negative = attribution < 0
+    change = torch.where(negative, attribution - previous, 0) if step > 1 else torch.zeros_like(attribution)
+    penalty_grad = 2 * weight * change * target_grad
+    outweighed = (penalty_grad.abs() > grad.abs()) & negative
+    stats = (
+        change.pow(2).sum(),
+        penalty_grad.norm(),
+        grad.norm(),
+        outweighed.sum() / negative.sum().clamp(min=1),
+        negative.sum(),
+    )
+    return grad + penalty_grad, attribution, stats

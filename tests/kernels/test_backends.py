@@ -1,0 +1,52 @@
+"""The registry: reasons, choice, and the environment variable."""
+
+import pytest
+import torch
+
+import ssiuu_kernels as sk
+from ssiuu_kernels import backends
+
+
+def test_every_backend_has_a_reason():
+    found = sk.available_backends()
+    assert list(found) == ["reference", "native", "triton"]
+    assert all(state.reason for state in found.values())
+
+
+def test_native_is_built():
+    assert sk.available_backends()["native"].ok, sk.available_backends()["native"].reason
+
+
+def test_a_backend_that_cannot_run_raises_with_its_reason():
+    x = torch.randn(2, 3)
+    reason = sk.available_backends()["triton"].reason
+    with pytest.raises(ValueError, match=reason):
+        sk.ops.glu_forward(x, x, backend="triton")
+
+
+def test_auto_prefers_native():
+    x = torch.randn(2, 3)
+    assert backends.select("token_scores", "auto", x, x).__module__ == "ssiuu_kernels.ops.token_scores.native"
+
+
+def test_auto_falls_back_for_a_type_that_native_lacks():
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert backends.select("token_scores", "auto", x, x).__module__ == "ssiuu_kernels.ops.token_scores.reference"
+
+
+def test_environment_replaces_auto(monkeypatch):
+    monkeypatch.setenv("SSIUU_BACKEND", "reference")
+    x = torch.randn(2, 3)
+    assert backends.select("token_scores", "auto", x, x).__module__ == "ssiuu_kernels.ops.token_scores.reference"
+
+
+def test_unknown_name_in_the_environment(monkeypatch):
+    monkeypatch.setenv("SSIUU_BACKEND", "fastest")
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="fastest"):
+        sk.ops.token_scores(x, x)
+
+
+def test_collect_env_names_every_backend():
+    text = sk.collect_env()
+    assert all(f"backend {name}: " in text for name in sk.available_backends())

@@ -1,0 +1,208 @@
+"""SsiuuAdamW and SsiuuPenalty against Algorithm 1 written out with plain tensors."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import ssiuu_kernels as sk
+from ssiuu_kernels.optim import steered_weight
+
+from .models import logits_of, tiny_batch, tiny_model
+
+FORGET = torch.tensor([True, True, False, False])
+ADAMW = {"lr": 2e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
+LAMBDA = 1e5  # a random model gives an answer of one token a probability near 0.02; here the penalty takes part
+
+
+def losses(model, batch):
+    """GD's loss and the sum of the forget answers' probabilities."""
+    s = sk.sequence_log_probs(logits_of(model, batch), batch["labels"])
+    lengths = (batch["labels"][:, 1:] != -100).sum(1)
+    loss = s[FORGET].sum() / lengths[FORGET].sum() - s[~FORGET].sum() / lengths[~FORGET].sum()
+    return loss, s[FORGET].exp().sum()
+
+
+def literal_algorithm_1(model, batch, steps, penalty_weight):
+    """Algorithm 1 with two forwards, two backwards, plain tensors and torch.optim.AdamW. Returns R_t of every step."""
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, **ADAMW)
+    previous, values = None, []
+    for _ in range(steps):
+        loss_grads = torch.autograd.grad(losses(model, batch)[0], params)
+        target_grads = torch.autograd.grad(losses(model, batch)[1], params)
+        attributions = [p.detach() * g for p, g in zip(params, target_grads, strict=True)]
+        value = 0.0
+        for index, param in enumerate(params):
+            param.grad = loss_grads[index].clone()
+            if previous is not None:
+                change = attributions[index] - previous[index]
+                change[attributions[index] >= 0] = 0
+                param.grad += 2 * penalty_weight * change * target_grads[index]
+                value += change.square().sum().item()
+        optimizer.step()
+        previous = attributions
+        values.append(value)
+    return values
+
+
+def short_answers():
+    """A batch whose answers are one token, so that a random model gives them probabilities that matter."""
+    batch = tiny_batch()
+    answer = batch["labels"] != -100
+    batch["labels"] = batch["labels"].masked_fill(answer & (answer.cumsum(1) < 4), -100)
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "tolerance"),
+    [(torch.float64, "reference", 1e-9), (torch.float32, "native", 1e-4), (torch.float32, "reference", 1e-4)],
+)
+@pytest.mark.parametrize("penalty_weight", [LAMBDA, 0.0])
+def test_adamw_equals_algorithm_1_over_20_steps(penalty_weight, dtype, backend, tolerance):
+    model, batch = tiny_model(dtype=dtype), short_answers()
+    expected = copy.deepcopy(model)
+    expected_values = literal_algorithm_1(expected, batch, 20, penalty_weight)
+    handle = sk.patch(model, scope="all", backend=backend)
+    optimizer = sk.SsiuuAdamW(model.parameters(), **ADAMW, penalty_weight=penalty_weight, backend=backend)
+    values = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET).backward()
+        optimizer.step()
+        values.append(optimizer.last_stats.value.item())
+    for (name, param), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        difference = (param - wanted).norm() / wanted.norm()
+        assert difference.item() <= tolerance, name
+    if dtype == torch.float64:
+        assert values == pytest.approx(expected_values, rel=1e-6)
+
+
+def test_the_penalty_takes_part():
+    """Guards the test above: at its weight, the penalty moves the weights by far more than its tolerances."""
+    model, batch = tiny_model(dtype=torch.float64), short_answers()
+    plain = copy.deepcopy(model)
+    literal_algorithm_1(model, batch, 20, LAMBDA)
+    literal_algorithm_1(plain, batch, 20, 0.0)
+    moved = max((p - q).norm() / q.norm() for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    assert moved > 1e-3
+
+
+def test_penalty_before_another_optimizer_equals_the_fused_one():
+    batch, models = short_answers(), [tiny_model(dtype=torch.float64)]
+    models.append(copy.deepcopy(models[0]))
+    fused = sk.SsiuuAdamW(models[0].parameters(), **ADAMW, penalty_weight=LAMBDA)
+    plain = torch.optim.AdamW(models[1].parameters(), **ADAMW)
+    penalty = sk.SsiuuPenalty(models[1].parameters(), penalty_weight=LAMBDA)
+    handles = [sk.patch(model, scope="all") for model in models]
+    for _ in range(5):
+        for model, handle in zip(models, handles, strict=True):
+            model.zero_grad()
+            handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET).backward()
+        fused.step()
+        penalty.apply_()
+        plain.step()
+    for param, wanted in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(param, wanted, rtol=1e-9, atol=1e-12)
+
+
+def parameter(**gradients):
+    param = torch.nn.Parameter(torch.randn(30))
+    for name, gradient in gradients.items():
+        setattr(param, name, gradient)
+    return param
+
+
+def step_once(optimizer, param):
+    param.grad, param.target_grad = torch.randn(30), torch.randn(30)
+    optimizer.step()
+
+
+def test_resumes_bit_for_bit():
+    start = torch.randn(30)
+    gradients = torch.randn(6, 2, 30)
+
+    def run(param, optimizer, steps):
+        for grad, target_grad in steps:
+            param.grad, param.target_grad = grad.clone(), target_grad.clone()
+            optimizer.step()
+
+    whole = torch.nn.Parameter(start.clone())
+    run(whole, sk.SsiuuAdamW([whole], lr=0.1, penalty_share=0.3), gradients)
+    first = torch.nn.Parameter(start.clone())
+    optimizer = sk.SsiuuAdamW([first], lr=0.1, penalty_share=0.3)
+    run(first, optimizer, gradients[:3])
+    second = torch.nn.Parameter(first.detach().clone())
+    resumed = sk.SsiuuAdamW([second], lr=0.5)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(second, resumed, gradients[3:])
+    assert torch.equal(second, whole)
+
+
+def test_step_consumes_the_target_gradient():
+    param = parameter()
+    step_once(sk.SsiuuAdamW([param]), param)
+    assert param.target_grad is None
+    assert param.grad is not None
+
+
+def test_zero_grad_clears_both():
+    param = parameter(grad=torch.randn(30), target_grad=torch.randn(30))
+    sk.SsiuuAdamW([param]).zero_grad()
+    assert param.grad is None
+    assert param.target_grad is None
+
+
+def test_a_missing_target_gradient_changes_nothing():
+    complete, lacking = parameter(grad=torch.ones(30), target_grad=torch.ones(30)), parameter(grad=torch.ones(30))
+    before = complete.detach().clone()
+    with pytest.raises(ValueError, match="no target_grad"):
+        sk.SsiuuAdamW([complete, lacking]).step()
+    assert torch.equal(complete, before)
+
+
+def test_a_parameter_without_gradient_is_left_alone():
+    param, idle = parameter(), parameter()
+    before = idle.detach().clone()
+    step_once(sk.SsiuuAdamW([param, idle]), param)
+    assert torch.equal(idle, before)
+
+
+def test_the_share_reaches_the_one_asked_for():
+    """A quadratic pull against a penalty of fixed strength: the steered share settles within a few steps."""
+    torch.manual_seed(0)  # the share of random gradients scatters; what is tested is the rule
+    param = torch.nn.Parameter(torch.randn(20000))
+    optimizer = sk.SsiuuAdamW([param], lr=0.0, penalty_weight=1e-3, penalty_share=0.25)
+    shares = []
+    for _ in range(15):
+        param.grad, param.target_grad = torch.randn(20000), 1e-2 * torch.randn(20000)
+        optimizer.step()
+        shares.append(optimizer.last_stats.share.item())
+    assert all(abs(share - 0.25) < 0.02 for share in shares[-5:])
+    assert optimizer.penalty_weight > 1
+
+
+def test_steering_moves_towards_the_share_wanted():
+    assert steered_weight(2.0, 0.25, 0.25) == pytest.approx(2.0)
+    assert steered_weight(2.0, 0.1, 0.25) > 2.0
+    assert steered_weight(2.0, 0.6, 0.25) < 2.0
+    assert steered_weight(2.0, 0.0, 0.25) == pytest.approx(2000.0)
+    assert math.isfinite(steered_weight(2.0, 1.0, 0.25))
+
+
+BAD = {
+    "penalty_weight=-1": {"penalty_weight": -1},
+    "penalty_weight=nan": {"penalty_weight": math.nan},
+    "penalty_share=1.5": {"penalty_share": 1.5},
+    "cannot be steered": {"penalty_weight": 0, "penalty_share": 0.3},
+    "lr=-1": {"lr": -1},
+    "betas": {"betas": (0.9, 1.0)},
+    "backend='gpu'": {"backend": "gpu"},
+}
+
+
+@pytest.mark.parametrize(("message", "options"), BAD.items(), ids=BAD)
+def test_bad_options(message, options):
+    with pytest.raises(ValueError, match=message):
+        sk.SsiuuAdamW([parameter()], **options)

@@ -1,0 +1,47 @@
+"""The names that programs outside the project rely on."""
+
+import inspect
+import subprocess
+import sys
+
+import ssiuu_kernels as sk
+
+TOP_LEVEL = {
+    "Availability", "GluGrads", "NeuronScores", "PatchHandle", "PenaltyStats", "SsiuuAdamW", "SsiuuPenalty",
+    "available_backends", "collect_env", "ops", "patch", "sequence_log_probs",
+}  # fmt: skip
+SIGNATURES = {
+    sk.ops.glu_forward: "gate up activation backend",
+    sk.ops.glu_backward: "gate up grad_h activation segments scores recompute_h backend",
+    sk.ops.token_scores: "z grad_z segments backend",
+    sk.ops.penalty_: "grad param target_grad prev_attribution weight step backend",
+    sk.ops.penalty_adamw_: "param grad target_grad prev_attribution exp_avg exp_avg_sq "
+    "step lr betas eps weight_decay weight backend",
+    sk.patch: "model scope backend strict",
+    sk.PatchHandle.attribute: "self batch target",
+    sk.PatchHandle.unlearning_loss: "self logits labels forget objective target",
+    sk.sequence_log_probs: "logits labels",
+}
+FIELDS = {
+    sk.NeuronScores: "max min sum",
+    sk.GluGrads: "grad_gate grad_up h h_scores gate_scores",
+    sk.PenaltyStats: "value penalty_grad_norm loss_grad_norm share negative",
+    sk.Availability: "ok reason",
+}
+
+
+def test_top_level_names():
+    assert set(sk.__all__) == TOP_LEVEL
+
+
+def test_signatures():
+    assert {f: " ".join(inspect.signature(f).parameters) for f in SIGNATURES} == SIGNATURES
+
+
+def test_fields():
+    assert {kind: " ".join(kind._fields) for kind in FIELDS} == FIELDS
+
+
+def test_importing_the_kernels_imports_no_transformers():
+    code = "import sys, ssiuu_kernels; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
