@@ -31,16 +31,15 @@ def penalty_gradient(
     else:
         change = (attribution - prev_attribution.to(attribution.dtype)).masked_fill_(~negative, 0)
     prev_attribution.copy_(attribution)
-    penalty_grad = 2 * weight * change * target_grad
-    outweighed = negative & (penalty_grad.abs() > grad.abs())
-    sums = torch.stack([
-        change.square().sum(dtype=torch.float64),
-        penalty_grad.square().sum(dtype=torch.float64),
-        grad.square().sum(dtype=torch.float64),
-        outweighed.sum().double(),
-        negative.sum().double(),
-    ])  # fmt: skip
-    return penalty_grad, sums
+    value = _sum_of_squares(change)
+    penalty_grad = change.mul_(2 * weight).mul_(target_grad)
+    outweighed = penalty_grad.abs() > grad.abs()  # nowhere outside I-, where the penalty gradient is 0
+    counts = (outweighed.count_nonzero().double(), negative.count_nonzero().double())
+    return penalty_grad, torch.stack([value, _sum_of_squares(penalty_grad), _sum_of_squares(grad), *counts])
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x).double().square()
 
 
 def penalty_(

@@ -1,0 +1,1 @@
+"""Correctness-gated timing. `python -m benchmarks --help` says how to run it."""

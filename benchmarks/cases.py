@@ -1,0 +1,35 @@
+"""What a suite hands to the harness: one operation on one shape, and who computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one shape.
+
+    Attributes:
+        suite, name: where the row stands and what it says.
+        moved_bytes: bytes that the operation has to read and write, the limit that bandwidth sets.
+        inputs: makes fresh random inputs by name.
+        candidates: name -> function of the inputs that returns the outputs by name. In-place operations return the
+            tensors that they wrote. The first candidate is ours; ratios are of the others' times to its time.
+        exact: the same function in float64: it is given the inputs as float64.
+        tolerance: largest relative L2 error of an output.
+        inputs_per_run: how many sets of inputs to rotate through, so that no cache keeps them.
+    """
+
+    suite: str
+    name: str
+    moved_bytes: int
+    inputs: Callable[[], Tensors]
+    candidates: dict[str, Callable[[Tensors], Tensors]]
+    exact: Callable[[Tensors], Tensors]
+    tolerance: float
+    inputs_per_run: int = 1

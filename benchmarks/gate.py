@@ -1,0 +1,21 @@
+"""No time is printed for a kernel whose result has not just been checked."""
+
+from __future__ import annotations
+
+from .cases import Case, Tensors
+
+
+def errors(case: Case) -> dict[str, float]:
+    """Largest relative L2 error over the outputs of every candidate, each on the same fresh inputs, against float64."""
+    inputs = case.inputs()
+    exact = case.exact({name: tensor.double() for name, tensor in inputs.items()})
+    return {
+        name: _worst(run({key: tensor.clone() for key, tensor in inputs.items()}), exact)
+        for name, run in case.candidates.items()
+    }
+
+
+def _worst(actual: Tensors, exact: Tensors) -> float:
+    found = [((actual[name].double() - wanted).norm() / wanted.norm()).item() for name, wanted in exact.items()]
+    # max() may drop a NaN, which must close the gate.
+    return float("nan") if any(error != error for error in found) else max(found)

@@ -1,0 +1,52 @@
+"""Wall-clock times of interleaved candidates, and the copy bandwidth that limits them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .cases import Case
+
+
+class Times(NamedTuple):
+    """Milliseconds of one run: median, 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def summarise(milliseconds: list[float]) -> Times:
+    """Median and percentiles of at least two runs."""
+    tenths = statistics.quantiles(milliseconds, n=10, method="inclusive")
+    return Times(statistics.median(milliseconds), tenths[1], tenths[7])
+
+
+def time_case(case: Case, candidates: list[str], runs: int) -> dict[str, Times]:
+    """Every candidate's times. They take turns, A B A B, since the machine's speed drifts; two warm-up rounds first."""
+    pool = [case.inputs() for _ in range(case.inputs_per_run)]
+    milliseconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in range(runs + 2):
+        for name in candidates:
+            inputs = pool[run % len(pool)]
+            elapsed = _milliseconds(lambda name=name, inputs=inputs: case.candidates[name](inputs))
+            if run >= 2:
+                milliseconds[name].append(elapsed)
+    return {name: summarise(found) for name, found in milliseconds.items()}
+
+
+def copy_bandwidth(size: int = 1 << 28, runs: int = 10) -> float:
+    """Bytes per second that a plain copy of `size` bytes reads and writes together, median of `runs`."""
+    source, target = torch.rand(size // 4), torch.rand(size // 4)
+    found = [_milliseconds(lambda: target.copy_(source)) for _ in range(runs + 2)][2:]
+    return 2 * size / (statistics.median(found) * 1e-3)
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3

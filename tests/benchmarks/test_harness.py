@@ -1,0 +1,80 @@
+"""The benchmark harness: its gate, its record, and that every suite's cases fit together."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main, run_case
+from benchmarks.cases import Case
+from benchmarks.gate import errors
+from benchmarks.record import write_json
+from benchmarks.suites import SUITES
+from benchmarks.timing import summarise
+
+
+def doubling(**candidates):
+    """A case that doubles a vector, by the given candidates."""
+    return Case(
+        suite="test",
+        name="double",
+        moved_bytes=800,
+        inputs=lambda: {"x": torch.randn(100)},
+        candidates={name: lambda inputs, f=f: {"y": f(inputs["x"])} for name, f in candidates.items()},
+        exact=lambda inputs: {"y": 2 * inputs["x"]},
+        tolerance=1e-6,
+    )
+
+
+def test_a_wrong_result_is_not_timed():
+    rows = run_case(doubling(ours=lambda x: 2 * x, wrong=lambda x: 2.1 * x), runs=2, copy=1e9)
+    assert [(row["candidate"], row["passed"], "median_ms" in row) for row in rows] == [
+        ("ours", True, True),
+        ("wrong", False, False),
+    ]
+
+
+def test_a_nan_closes_the_gate():
+    found = errors(doubling(ours=lambda x: 2 * x, broken=lambda x: x * float("nan")))
+    assert found["ours"] == 0
+    assert found["broken"] != found["broken"]
+
+
+def test_candidates_do_not_see_each_others_writes():
+    found = errors(doubling(first=lambda x: x.mul_(2), second=lambda x: x.mul_(2)))
+    assert found == {"first": 0, "second": 0}
+
+
+def test_percentiles():
+    times = summarise([float(n) for n in range(1, 12)])
+    assert times == (6, 3, 9)
+
+
+def test_a_record_carries_its_provenance(tmp_path):
+    write_json(tmp_path / "new" / "run.json", [{"suite": "test"}], copy=1e10)
+    record = json.loads((tmp_path / "new" / "run.json").read_text())
+    assert record["copy_gb_per_s"] == 10
+    assert {"commit", "date", "cpu", "torch", "backend native"} <= set(record["provenance"])
+
+
+SMALL = {
+    "benchmarks.suites.glu.SHAPES": [(2, 3, 20)],
+    "benchmarks.suites.scores.SHAPE": (2, 3, 20),
+    "benchmarks.suites.penalty.SIZE": 1000,
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_passes_its_own_gate(suite, monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(name, value)
+    for case in SUITES[suite]():
+        assert all(error <= case.tolerance for error in errors(case).values()), case.name
+
+
+def test_exit_status_tells_of_a_wrong_result(tmp_path, monkeypatch):
+    broken = doubling(ours=lambda x: 3 * x)
+    monkeypatch.setattr("benchmarks.__main__.SUITES", {"test": lambda: [broken]})
+    monkeypatch.setattr("benchmarks.__main__.copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--runs", "2", "--out", str(tmp_path / "run.json")])
+    assert main() == 1
