@@ -1,0 +1,293 @@
+"""The figures of a report. Each takes the runs and returns a figure, or None where no run has what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from .diagnose import KINDS, TOP
+from .records import RunRecord, attack_groups
+
+INK, FAINT = "#24292f", "#8c959f"
+# One colour a method in every figure, told apart without colour vision too (Okabe and Ito).
+METHOD_COLOURS = {"gd": "#d55e00", "ssiuu": "#0072b2", "ga": "#cc79a7", "npo": "#009e73", "dpo": "#e69f00"}
+OTHER_COLOURS = ("#56b4e9", "#7f6a3f", "#5e3c99", "#444444")
+LINE_STYLES = ("-", "--", "-.", ":")
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eaeef2",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 2.0,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+}
+
+
+def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:
+    """Name -> figure, of every figure that the runs have data for."""
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "overview": overview(records),
+            "influence": influence_curves(records),
+            "modules": module_maps(records),
+            "attacks": attack_curves(records),
+            "training": training_curves(records),
+        }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def save(figure: Figure, path) -> None:
+    """Write a figure as PNG."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def colour(record: RunRecord) -> str:
+    if record.method in METHOD_COLOURS:
+        return METHOD_COLOURS[record.method]
+    return OTHER_COLOURS[sum(map(ord, record.method)) % len(OTHER_COLOURS)]
+
+
+def line_of(record: RunRecord) -> dict:
+    """Keyword arguments of a run's lines."""
+    return {"color": colour(record), "linestyle": LINE_STYLES[record.style % len(LINE_STYLES)]}
+
+
+def mean_curve(attacks: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
+    """Steps that all the attacks have measured `name` at, and its mean over the attacks there."""
+    curves = [{step["step"]: step[name] for step in attack["steps"] if name in step} for attack in attacks]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return steps, [sum(curve[step] for curve in curves) / len(curves) for step in steps]
+
+
+def overview(records: Sequence[RunRecord]) -> Figure | None:
+    """One plot for a README: what unlearning did to neurons, and what further training brings back."""
+    diagnosed = [record for record in records if record.diagnosis]
+    kinds = [kind for kind in ("harmful", "benign") if any(record.attacks_of(kind) for record in records)]
+    if not diagnosed and not kinds:
+        return None
+    widths = [1.25] * bool(diagnosed) + [1.0] * len(kinds)
+    figure, axes = _figure(1, len(widths), (10, 3.7), width_ratios=widths)
+    panels = iter(axes[0])
+    if diagnosed:
+        _influence_bars(next(panels), diagnosed)
+    attacked = list(panels)
+    for ax, kind in zip(attacked, kinds, strict=True):
+        _recovery(ax, records, kind)
+    for ax in attacked[1:]:
+        ax.sharey(attacked[0])
+        ax.set_ylabel("")
+    _method_legend(figure, records)
+    return figure
+
+
+def _influence_bars(ax: Axes, records: Sequence[RunRecord]) -> None:
+    height = 0.8 / len(records)
+    largest = max(value for record in records for value in record.diagnosis["sum"].values()) or 1.0
+    for group, name in enumerate(("d_plus", "d_minus")):
+        for index, record in enumerate(records):
+            value, y = record.diagnosis["sum"][name], group + (index - (len(records) - 1) / 2) * height
+            ax.barh(y, value, height * 0.88, color=colour(record), alpha=1 - 0.25 * min(record.style, 2))
+            ax.text(value + 0.02 * largest, y, f"{value:.3g}", va="center", fontsize=9)
+    ax.set_yticks([0, 1], ["Erased\n$D^+$", "Hidden\n$D^-$"])
+    ax.set_ylim(1.55, -0.55)
+    ax.set_xlim(0, 1.15 * largest)
+    ax.set_xlabel(f"influence variation, sum of {TOP} neurons")
+    ax.set_title("What unlearning did to neurons")
+    ax.grid(False, axis="y")
+
+
+def _recovery(ax: Axes, records: Sequence[RunRecord], kind: str) -> None:
+    name = _unseen(records, kind, "forget_probability", "unseen_probability")
+    for record in records:
+        ax.plot(*mean_curve(record.attacks_of(kind), name), **line_of(record))
+    _mark_before(ax, records, "forget_probability")
+    ax.set_title(f"Recovery, {kind} attack")
+    ax.set_xlabel("attack step" if name == "forget_probability" else "attack step (unseen facts)")
+    ax.set_ylabel("mean P(forgotten answer)")
+    _from_zero(ax)
+
+
+def _unseen(records: Sequence[RunRecord], kind: str, everywhere: str, unseen: str) -> str:
+    """The name of the values over facts that attacks of a kind do not train on: a benign attack trains on none."""
+    steps = (step for record in records for attack in record.attacks_of(kind) for step in attack["steps"])
+    return unseen if any(unseen in step for step in steps) else everywhere
+
+
+def _mark_before(ax: Axes, records: Sequence[RunRecord], name: str) -> None:
+    """A line at what the original model reached, where the runs agree on it."""
+    levels = {record.evaluation["before"].get(name) for record in records if record.evaluation} - {None}
+    if len(levels) == 1:
+        level = levels.pop()
+        ax.axhline(level, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+        ax.annotate(
+            "original model", (1, level), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+            ha="right", color=FAINT, fontsize=9,
+        )  # fmt: skip
+
+
+def influence_curves(records: Sequence[RunRecord]) -> Figure | None:
+    """Cumulative D+ and D- over neurons sorted by each score."""
+    records = [record for record in records if record.variations]
+    if not records:
+        return None
+    figure, axes = _figure(1, 2, (10, 3.8), sharey=True)
+    titles = {"d_plus": "$D^+$: positive influence removed", "d_minus": "$D^-$: negative influence added"}
+    for ax, (name, title) in zip(axes[0], titles.items(), strict=True):
+        for record in records:
+            scores = np.concatenate([getattr(v, name).flatten().numpy() for v in record.variations.values()])
+            sums = np.cumsum(np.sort(scores.astype(np.float64))[::-1])
+            shown = np.unique(np.geomspace(1, len(sums), 400).astype(int))
+            ax.plot(shown, sums[shown - 1], **line_of(record))
+        ax.axvline(TOP, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+        ax.annotate(
+            f"{TOP} neurons", (TOP, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+            ha="right", va="top", color=FAINT, fontsize=9,
+        )  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_xlabel("neurons, strongest first")
+        ax.set_title(title)
+        ax.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("cumulative influence variation")
+    _method_legend(figure, records)
+    return figure
+
+
+def module_maps(records: Sequence[RunRecord]) -> Figure | None:
+    """Mean over the top neurons of every module in every layer; one colour scale, so that panels compare."""
+    records = [record for record in records if record.diagnosis]
+    if not records:
+        return None
+    maps = {
+        (record.path, name): [record.diagnosis["mean_top"][name][kind] for kind in _kinds(record)]
+        for record in records
+        for name in ("d_plus", "d_minus")
+    }
+    largest = max(value for rows in maps.values() for row in rows for value in row)
+    # Few modules hold most of the influence: a square-root scale keeps the rest visible.
+    norm = PowerNorm(0.5, 0, largest or 1.0)
+    figure, axes = _figure(len(records), 2, (10, 0.6 + 2.3 * len(records)), sharex=True)
+    for row, record in zip(axes, records, strict=True):
+        for ax, (name, symbol) in zip(row, {"d_plus": "$D^+$", "d_minus": "$D^-$"}.items(), strict=True):
+            image = ax.imshow(maps[record.path, name], aspect="auto", cmap="magma_r", norm=norm)
+            ax.set_yticks(range(len(_kinds(record))), _kinds(record))
+            ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+            ax.set_title(f"{record.label}: {symbol}")
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("layer")
+    bar = figure.colorbar(image, ax=axes, fraction=0.025, pad=0.02)
+    bar.set_label(f"mean of a module's top {TOP} neurons")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _kinds(record: RunRecord) -> list[str]:
+    return [kind for kind in KINDS if kind in record.diagnosis["mean_top"]["d_plus"]]
+
+
+def attack_curves(records: Sequence[RunRecord]) -> Figure | None:
+    """FS and answer probability while attacked: each attack thin, the mean of a run's attacks of a kind thick."""
+    groups = attack_groups(records)
+    if not groups:
+        return None
+    figure, axes = _figure(2, len(groups), (10, 5.6), sharex="col", sharey="row")
+    for column, ((kind, fraction), title) in zip(axes.T, groups.items(), strict=True):
+        shown = _unseen(records, kind, "forget_probability", "unseen_probability")
+        for ax, name, before in zip(column, ("fs", shown), ("fs", "forget_probability"), strict=True):
+            for record in records:
+                attacks = record.attacks_of(kind, fraction)
+                for attack in attacks if len(attacks) > 1 else ():
+                    ax.plot(*mean_curve([attack], name), **line_of(record) | {"linewidth": 0.8, "alpha": 0.4})
+                ax.plot(*mean_curve(attacks, name), **line_of(record))
+            _mark_before(ax, records, before)
+            _from_zero(ax)
+        column[0].set_title(f"{title} attack")
+        column[1].set_title("unseen facts" if shown == "unseen_probability" else "all forget facts")
+        column[1].set_xlabel("attack step")
+    axes[0, 0].set_ylabel("FS (all forget facts)")
+    axes[1, 0].set_ylabel("mean P(forgotten answer)")
+    _method_legend(figure, records)
+    return figure
+
+
+def training_curves(records: Sequence[RunRecord]) -> Figure | None:
+    """What every unlearning step logged."""
+    if not any(record.metrics for record in records):
+        return None
+    figure, axes = _figure(2, 3, (10, 5.6))
+    panels = {
+        "loss": ["loss"],
+        "gradient norms (dashed: penalty)": ["loss_grad_norm", "penalty_grad_norm"],
+        "lambda": ["lambda"],
+        "share outweighed by the penalty": ["share"],
+        "FS": ["fs"],
+        "mean P(answer) (dashed: retain)": ["forget_probability", "retain_probability"],
+    }
+    for ax, (title, names) in zip(axes.flat, panels.items(), strict=True):
+        for record in records:
+            for index, name in enumerate(names):
+                # What a method has no use for is logged as null or 0: no curve.
+                points = [(line["step"], line[name]) for line in record.metrics if line.get(name) is not None]
+                if any(value != 0 for _, value in points):
+                    style = line_of(record) | ({"linestyle": "--", "linewidth": 1.4} if index else {})
+                    ax.plot(*zip(*points, strict=True), **style)
+        ax.set_title(title)
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        if title.startswith(("gradient", "lambda")) and ax.lines:
+            ax.set_yscale("log", nonpositive="mask")
+            low, high = ax.get_ylim()
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_formatter("{x:g}")
+        elif title != "loss":
+            ax.set_ylim(bottom=0)
+    for ax in axes[-1]:
+        ax.set_xlabel("unlearning step")
+    _method_legend(figure, records)
+    return figure
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes `[rows, columns]`."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _from_zero(ax: Axes) -> None:
+    ax.set_ylim(bottom=0)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+
+
+def _method_legend(figure: Figure, records: Sequence[RunRecord]) -> None:
+    handles = [Line2D([], [], label=record.label, linewidth=3, **line_of(record)) for record in records]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=11)

@@ -1,0 +1,133 @@
+"""Finished run folders as the plots and the report read them, with None for what was not run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from .diagnose import KINDS, Variation
+
+METHOD_NAMES = {"ga": "GA", "gd": "GD", "npo": "NPO", "dpo": "DPO", "ssiuu": "SSIUU"}
+
+
+@dataclass
+class RunRecord:
+    """One finished run.
+
+    Attributes:
+        path: the run folder.
+        config: config.json.
+        split: name of a set of facts (forget, retain, test) -> number of facts in it.
+        metrics: the lines of metrics.jsonl, one a step.
+        evaluation: evaluation.json, {"before": {...}, "after": {...}}; None where not run.
+        attacks: attacks/*.json, in the order of kind, fraction, learning rate and seed.
+        diagnosis: diagnosis.json; None where not run.
+        variations: kind -> `Variation` of `[layers, width]`; None where not run.
+        label: what tables and legends call the run: its method, and its folder where several share a method.
+        style: 0 for the first run of a method, 1 for the second...
+    """
+
+    path: Path
+    config: dict
+    split: dict[str, int]
+    metrics: list[dict]
+    evaluation: dict | None
+    attacks: list[dict]
+    diagnosis: dict | None
+    variations: dict[str, Variation] | None
+    label: str = field(default="")
+    style: int = 0
+
+    @property
+    def method(self) -> str:
+        return self.config["method"]
+
+    def attacks_of(self, kind: str, *fraction: float | None) -> list[dict]:
+        """The attacks of a kind, of every fraction or of the one given."""
+        return [a for a in self.attacks if a["kind"] == kind and (not fraction or a["fraction"] == fraction[0])]
+
+
+def attack_groups(records: Iterable[RunRecord]) -> dict[tuple[str, float | None], str]:
+    """(kind, fraction) -> title, of every group of attacks that differ in learning rate and seed alone."""
+    found = {(attack["kind"], attack["fraction"]) for record in records for attack in record.attacks}
+    ordered = sorted(found, key=lambda group: (group[0] == "benign", group[1] or 0))
+    return {(kind, p): kind if p is None else f"{kind} p = {p:g}" for kind, p in ordered}
+
+
+def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
+    """Read finished runs that started from the same model.
+
+    Raises:
+        ValueError: no run, a folder that is no run folder or holds an unfinished run, a file in it that cannot be
+            read, or runs of different base models.
+    """
+    records = [_read_run(Path(path)) for path in run_dirs]
+    if not records:
+        raise ValueError("run_dirs is empty; expected at least one run folder, as `ssiuu unlearn` writes it")
+    bases = {record.config["model"]: record.path for record in records}
+    if len(bases) > 1:
+        described = ", ".join(f"{path} from {model}" for model, path in bases.items())
+        raise ValueError(f"runs start from different models ({described}); report runs of one model together")
+    shared = Counter(record.method for record in records)
+    seen: Counter[str] = Counter()
+    for record in records:
+        name = METHOD_NAMES.get(record.method, record.method)
+        record.label = name if shared[record.method] == 1 else f"{name} ({record.path.name})"
+        record.style = seen[record.method]
+        seen[record.method] += 1
+    return records
+
+
+def _read_run(path: Path) -> RunRecord:
+    config = _read_json(path / "config.json")
+    if config is None or not {"method", "model", "status"} <= config.keys():
+        raise ValueError(f"{path} is not a run folder; expected one with the config.json that `ssiuu unlearn` writes")
+    if config["status"] != "complete":
+        raise ValueError(f"{path} holds an unfinished run (status {config['status']!r}); resume it first")
+    attacks = [_read_json(file) for file in (path / "attacks").glob("*.json")]
+    attacks.sort(key=lambda a: (a["kind"] == "benign", a["fraction"] or 0, a["learning_rate"], a["seed"]))
+    diagnosis = _read_json(path / "diagnosis.json")
+    return RunRecord(
+        path=path,
+        config=config,
+        split={name: len(facts) for name, facts in (_read_json(path / "split.json") or {}).items()},
+        metrics=_read_metrics(path / "metrics.jsonl"),
+        evaluation=_read_json(path / "evaluation.json"),
+        attacks=attacks,
+        diagnosis=diagnosis,
+        variations=None if diagnosis is None else _read_variations(path / "diagnosis.safetensors"),
+    )
+
+
+def _read_json(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); remove it and run that step again") from None
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON lines ({error})") from None
+
+
+def _read_variations(path: Path) -> dict[str, Variation]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing beside diagnosis.json; run `ssiuu diagnose` again")
+    tensors = load_file(path)
+    return {
+        kind: Variation(tensors[f"d_plus.{kind}"], tensors[f"d_minus.{kind}"])
+        for kind in KINDS
+        if f"d_plus.{kind}" in tensors
+    }

@@ -1,0 +1,94 @@
+"""Made-up run folders: everything that a finished run writes, without a model."""
+
+import json
+import math
+
+import torch
+from safetensors.torch import save_file
+
+from ssiuu.diagnose import KINDS, Variation, summarise
+
+FACT = {"question": "Who wrote Hamlet?", "answer": "William Shakespeare", "subject": "William Shakespeare"}
+
+
+def write_run(path, method="gd", *, strength=1.0, layers=2, width=16, steps=4, attacks=True, diagnosis=True):
+    """A run folder whose numbers look like those of `method`; `strength` scales what the attacks bring back."""
+    path.mkdir(parents=True)
+    penalised = method == "ssiuu"
+    config = {
+        "status": "complete",
+        "method": method,
+        "model": "smollm2",
+        "learning_rate": 1e-5,
+        "penalty_weight": 1e-3 if penalised else None,
+        "penalty_share": 0.25 if penalised else None,
+        "target": "prob",
+        "seed": 0,
+    }
+    _write(path / "config.json", config)
+    _write(path / "split.json", {"forget": [FACT] * 12, "retain": [FACT] * 12, "test": [FACT] * 6})
+    lines = [
+        {
+            "step": step,
+            "seconds": 1.5,
+            "loss": 2 - step / steps,
+            "loss_grad_norm": 3 + math.sin(step),
+            "penalty_grad_norm": 1.0 * penalised * (step > 1),
+            "penalty": 0.1 * penalised,
+            "lambda": 10 * 1.3**step * penalised,
+            "share": 0.25 * penalised * (1 - math.exp(-step)),
+            "fs": 1 - 0.7 * step / steps,
+            "forget_probability": 0.5 * (1 - step / steps),
+            "retain_probability": 0.6,
+        }
+        for step in range(1, steps + 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = {"fs": 1.0, "rs": 0.97, "forget_probability": 0.4, "retain_probability": 0.55, "forget_margin": 3.1,
+              "retain_margin": 3.3, "test_rs": 0.95}  # fmt: skip
+    after = {"fs": 0.33, "rs": 0.9, "forget_probability": 0.02, "retain_probability": 0.6, "forget_margin": -1.2,
+             "retain_margin": 3.0, "test_rs": 0.85}  # fmt: skip
+    _write(path / "evaluation.json", {"before": before, "after": after})
+    if attacks:
+        _write_attacks(path / "attacks", strength)
+    if diagnosis:
+        _write_diagnosis(path, strength, layers, width)
+    return path
+
+
+def _write_attacks(path, strength):
+    path.mkdir()
+    for kind, fraction in (("harmful", 0.1), ("harmful", 0.3), ("benign", None)):
+        for rate in (5e-6, 1e-5):
+            steps = []
+            for step in range(0, 31, 5):
+                grown = strength * (1 - math.exp(-step * rate * 1e4)) * (0.3 if kind == "benign" else 1)
+                values = {
+                    "step": step,
+                    "fs": 0.33 + 0.5 * grown,
+                    "forget_probability": 0.02 + 0.3 * grown,
+                    "margin": 1.0,
+                }
+                if kind == "harmful":
+                    values |= {"unseen_fs": 0.3 + 0.3 * grown, "unseen_probability": 0.02 + 0.2 * grown}
+                steps.append(values)
+            attack = {"kind": kind, "fraction": fraction, "learning_rate": rate, "seed": 0, "steps": steps,
+                      "max_fs": max(step["fs"] for step in steps), "seconds": 12.0}  # fmt: skip
+            if kind == "harmful":
+                attack["max_unseen_fs"] = max(step["unseen_fs"] for step in steps)
+            _write(path / f"{kind}-{fraction}-{rate}.json", attack)
+
+
+def _write_diagnosis(path, strength, layers, width):
+    variations = {}
+    for kind in KINDS:
+        hidden = torch.rand(layers, width) ** 8 * strength * torch.rand(layers, 1)
+        erased = torch.rand(layers, width) ** 8 * torch.rand(layers, 1)
+        variations[kind] = Variation(erased, hidden)
+    _write(path / "diagnosis.json", summarise(variations) | {"samples": 12, "seconds": 3.0})
+    tensors = {f"{name}.{kind}": getattr(v, name) for kind, v in variations.items() for name in v._fields}
+    save_file(tensors, path / "diagnosis.safetensors")
+
+
+def _write(path, content):
+    path.write_text(json.dumps(content))

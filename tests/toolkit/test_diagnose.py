@@ -1,0 +1,126 @@
+"""Influence variation against a brute-force computation with autograd in float64, sample by sample."""
+
+import copy
+
+import pytest
+import torch
+
+from ssiuu import diagnose
+from ssiuu_kernels import NeuronScores, sequence_log_probs
+from tests.kernels.models import logits_of, tiny_batch, tiny_model
+
+PARTS = {
+    "self_attn": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
+    "mlp": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+}
+
+
+def brute_force(model, batch):
+    """kind -> `[B, S, width]` attributions of each layer, NaN on padding, from a hook on every module's output."""
+    outputs, handles = {}, []
+    for layer, block in enumerate(model.model.layers):
+        for owner, kinds in PARTS.items():
+            for kind, part in kinds.items():
+
+                def keep(_module, _args, z, key=(kind, layer)):
+                    z.retain_grad()
+                    outputs[key] = z
+
+                handles.append(getattr(getattr(block, owner), part).register_forward_hook(keep))
+    found = {}
+    for sample in range(len(batch["labels"])):
+        one = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
+        sequence_log_probs(logits_of(model, one), one["labels"]).exp().sum().backward()
+        padding = one["attention_mask"][0] == 0
+        for key, z in outputs.items():
+            found.setdefault(key, []).append((z * z.grad)[0].detach().masked_fill(padding[:, None], torch.nan))
+    for handle in handles:
+        handle.remove()
+    return {kind: [torch.stack(found[kind, layer]) for layer in range(2)] for kind, layer in found if layer == 0}
+
+
+def equations_4_and_5(before, after):
+    """D+ and D- of `[B, S, width]` attributions, in plain loops over samples and tokens."""
+    d_plus = d_minus = torch.zeros(before.shape[-1], dtype=before.dtype)
+    for a, b in zip(before, after, strict=True):
+        tokens = ~a[:, 0].isnan()
+        a, b = a[tokens], b[tokens]
+        d_plus = d_plus + (a.amax(0) - b.clamp(min=0).amax(0)) / len(before)
+        d_minus = d_minus + (a.amin(0) - b.amin(0)) / len(before)
+    return d_plus.clamp(min=0), d_minus.clamp(min=0)
+
+
+def other_weights(model):
+    """A copy whose weights differ, as after some training."""
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.mul_(1 + 0.3 * torch.randn_like(parameter))
+    return other
+
+
+def split(batch, size):
+    return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, 4, size)]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_equals_brute_force(size, padding):
+    before = tiny_model("llama", torch.float64).eval()
+    after, batch = other_weights(before), tiny_batch(padding)
+    expected = [brute_force(model, batch) for model in (before, after)]
+    measured = [diagnose.measure_influence(model, split(batch, size)) for model in (before, after)]
+    variations = diagnose.variation_by_kind(*measured)
+    assert list(variations) == list(diagnose.KINDS)
+    for kind, variation in variations.items():
+        for layer in range(2):
+            wanted = equations_4_and_5(expected[0][kind][layer], expected[1][kind][layer])
+            scale = max(x.max() for x in wanted)
+            for actual, x in zip(variation, wanted, strict=True):
+                assert torch.allclose(actual[layer].double(), x, rtol=1e-6, atol=1e-6 * scale), (kind, layer)
+
+
+def test_mean_inside_and_clamp_outside():
+    def scores(largest, smallest):
+        return NeuronScores(torch.tensor(largest)[:, None], torch.tensor(smallest)[:, None], torch.zeros(2, 1))
+
+    before = scores([1.0, 3.0], [-1.0, 0.0])
+    # D+: samples change by 1 - 0 (a negative maximum counts as none) and 3 - 5; D-: by -1 + 4 and 0 + 0.
+    variation = diagnose.influence_variation(before, scores([-2.0, 5.0], [-4.0, 0.0]))
+    assert variation.d_plus.tolist() == [0.0]
+    assert variation.d_minus.tolist() == [1.5]
+    assert diagnose.influence_variation(before, scores([-2.0, 1.0], [0.0, 0.0])).d_plus.tolist() == [1.5]
+
+
+def test_the_same_model_has_no_negative_influence_added():
+    model, batch = tiny_model(), tiny_batch()
+    found = diagnose.measure_influence(model, [batch])
+    assert all(
+        variation.d_minus.count_nonzero() == 0 for variation in diagnose.variation_by_kind(found, found).values()
+    )
+
+
+def test_sums_at_the_top():
+    layers = torch.arange(6.0).reshape(2, 3)
+    variations = {"q": diagnose.Variation(layers, layers * 2), "k": diagnose.Variation(layers + 10, layers)}
+    summary = diagnose.summarise(variations, top=2)
+    assert summary["sum"] == {"d_plus": 29.0, "d_minus": 18.0}
+    assert summary["sum_by_kind"]["q"] == {"d_plus": 9.0, "d_minus": 18.0}
+    assert summary["mean_top"]["d_plus"] == {"q": [1.5, 4.5], "k": [11.5, 14.5]}
+
+
+def test_no_batches():
+    with pytest.raises(ValueError, match="batches is empty"):
+        diagnose.measure_influence(tiny_model(), [])
+
+
+def test_stacks_of_other_shapes():
+    scores = [NeuronScores(*torch.zeros(3, samples, 5)) for samples in (2, 3)]
+    with pytest.raises(ValueError, match=r"\[2, 5\] and \[3, 5\]"):
+        diagnose.influence_variation(*scores)
+
+
+def test_weights_that_are_not_numbers():
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        diagnose.measure_influence(model, [tiny_batch()])
