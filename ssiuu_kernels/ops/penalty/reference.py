@@ -39,7 +39,12 @@ def penalty_gradient(
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x).double().square()
+    # In double, for attributions of 1e-20 and less are common; in pieces, so that no double copy of the whole is made.
+    total = x.new_zeros((), dtype=torch.float64)
+    for piece in x.flatten().split(1 << 18):
+        piece = piece.double()
+        total += torch.dot(piece, piece)
+    return total
 
 
 def penalty_(
