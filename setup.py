@@ -28,10 +28,10 @@ def find_tool(name: str, advice: str) -> str:
 
 
 def check_compiler() -> None:
-    compiler = os.environ.get("CXX", "").split()
-    if not any(shutil.which(name) for name in (compiler[:1] or ["c++", "g++", "clang++"])):
+    candidates = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in candidates):
         raise SystemExit(
-            f"ssiuu-kernels: no C++ compiler was found (looked for {compiler[0] if compiler else 'c++, g++, clang++'}). "
+            f"ssiuu-kernels: no C++ compiler was found (looked for {', '.join(candidates)}). "
             "Install one with C++17 support, for example `apt-get install g++` or `dnf install gcc-c++`, "
             "or point the CXX environment variable at it."
         )

@@ -17,7 +17,7 @@ struct Silu {
 
   static SSIUU_HOST_DEVICE ActivationGrad backward(float x, float grad) {
     const Sigmoid s = sigmoid(x);
-    return {x * s.value, grad * (s.value * (1.0f + x * s.complement))};
+    return {x * s.value, grad * (s.value + x * s.slope)};
   }
 };
 
@@ -41,8 +41,8 @@ struct GeluTanh {
 
   static SSIUU_HOST_DEVICE ActivationGrad backward(float x, float grad) {
     const Sigmoid s = sigmoid(twice_y(x));
-    const float slope = kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);
-    return {x * s.value, grad * (s.value * (1.0f + x * s.complement * slope))};
+    const float inner_slope = kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);
+    return {x * s.value, grad * (s.value + x * s.slope * inner_slope)};
   }
 };
 

@@ -1,5 +1,5 @@
-// Elementary functions in float32. The host versions are branch-free polynomials, because a loop that calls libm is not
-// vectorised; the device has its own exp. Accuracies are the worst case over all floats, checked by the tests.
+// Elementary functions in float32, free of branches: a loop that calls libm is not vectorised. The device has its own
+// exp. Accuracies are the worst found in a sweep over the whole float32 range.
 #pragma once
 
 #include <cmath>
@@ -8,8 +8,8 @@
 
 namespace ssiuu {
 
-// e^x to 1 ulp; gradual underflow to 0, overflow to infinity, NaN kept.
-SSIUU_HOST_DEVICE float exp_f32(float x) {
+// e^x for x <= 0, to 1.01 ulp; gradual underflow to 0, NaN kept.
+SSIUU_HOST_DEVICE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
 #else
@@ -17,7 +17,7 @@ SSIUU_HOST_DEVICE float exp_f32(float x) {
   constexpr float kRound = 12582912.0f;
   constexpr float kLog2Hi = 0x1.62e4p-1f;  // 15 bits: n * kLog2Hi is exact
   constexpr float kLog2Lo = 0x1.7f7d1cp-20f;
-  const float clamped = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
+  const float clamped = -104.0f > x ? -104.0f : x;
   const float shifted = clamped * 0x1.715476p+0f + kRound;
   const float n = shifted - kRound;
   const float r = (clamped - n * kLog2Hi) - n * kLog2Lo;
@@ -37,16 +37,17 @@ SSIUU_HOST_DEVICE float exp_f32(float x) {
 #endif
 }
 
+// To 2.7 ulp.
 struct Sigmoid {
-  float value;       // 1 / (1 + e^-x)
-  float complement;  // 1 - value, without cancellation
+  float value;  // 1 / (1 + e^-x)
+  float slope;  // value * (1 - value), without cancellation: it is even in x
 };
 
 SSIUU_HOST_DEVICE Sigmoid sigmoid(float x) {
-  const float e = exp_f32(-fabsf(x));
+  const float e = exp_nonpositive(-fabsf(x));
   const float larger = 1.0f / (1.0f + e);
   const float smaller = e * larger;
-  return x < 0.0f ? Sigmoid{smaller, larger} : Sigmoid{larger, smaller};
+  return Sigmoid{x < 0.0f ? smaller : larger, smaller * larger};
 }
 
 struct Normal {
@@ -57,10 +58,10 @@ struct Normal {
 // The standard normal distribution. cdf(-z) = e^(-z^2/2) m(z) for z >= 0, where m falls smoothly from 1/2 like
 // 1 / (z sqrt(2 pi)): a polynomial without constant term in t = 1 / (1 + 0.24 z), minimax in relative error (2e-8) on
 // [0, 14.5]; beyond, e^(-z^2/2) is 0 in float32. One exponential serves cdf and pdf, and the left tail keeps its
-// relative accuracy, which 0.5 * (1 + erf) loses.
+// relative accuracy (4e-6 at -12), which 0.5 * (1 + erf) loses. cdf is within 2.4e-7 everywhere.
 SSIUU_HOST_DEVICE Normal standard_normal(float x) {
   const float z = fabsf(x);
-  const float e = exp_f32(-0.5f * z * z);
+  const float e = exp_nonpositive(-0.5f * z * z);
   const float t = 1.0f / (1.0f + 0.24f * z);
   float m = 2.55179495e-2f;
   m = m * t - 1.24589477e-1f;

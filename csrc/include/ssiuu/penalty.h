@@ -20,7 +20,7 @@ struct PenaltyStep {
 
 struct PenaltyTerm {
   float attribution;  // A = param * target_grad
-  float growth;       // A - A_prev where A < 0, else 0
+  float growth;       // A - A_prev where A is penalised, else 0
   float grad;         // 2 * weight * growth * target_grad
 };
 
