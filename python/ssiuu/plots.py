@@ -172,8 +172,10 @@ def influence_curves(records: Sequence[RunRecord]) -> Figure | None:
         )  # fmt: skip
         ax.set_xscale("log")
         ax.set_xlabel("neurons, strongest first")
+        ax.set_yscale("log", nonpositive="mask")
         ax.set_title(title)
-        ax.set_ylim(bottom=0)
+    top = axes[0, 0].get_ylim()[1]
+    axes[0, 0].set_ylim(top * 1e-5, top)
     axes[0, 0].set_ylabel("cumulative influence variation")
     _method_legend(figure, records)
     return figure

@@ -19,10 +19,11 @@ from .records import RunRecord, attack_groups, read_runs
 NOT_RUN = "not run"
 CAPTIONS = {
     "overview": "What unlearning did to neurons, and how much of the forgotten answers further training brings back.",
-    "influence": "Influence variation summed over neurons, strongest first. A method that erases has its area on the "
-    "left, a method that hides has it on the right.",
+    "influence": "Influence variation summed over neurons, strongest first. A method that erases is high on the left, "
+    "a method that hides is high on the right.",
     "modules": "Where influence changed: each cell is the mean over one module's strongest neurons in one layer.",
-    "attacks": "Retraining attacks. Thin: one learning rate and seed; thick: their mean. Lower is more robust.",
+    "attacks": "Retraining attacks. Thin: one learning rate and seed; thick: their mean. Lower is more robust. "
+    "The dashed line is the original model over all forget facts.",
     "training": "What each unlearning step logged.",
 }
 METRICS = {
