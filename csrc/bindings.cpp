@@ -21,58 +21,109 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void glu_forward_cpu(int dtype, int activation, int64_t rows, int64_t cols, Address gate, int64_t gate_stride,
-                     Address up, int64_t up_stride, Address h, int64_t h_stride) {
-  ssiuu::cpu::glu_forward({DType(dtype), Activation(activation), rows, cols, pointer(gate), gate_stride, pointer(up),
-                           up_stride, pointer(h), h_stride});
+ssiuu::GluForwardParams glu_forward_params(int dtype, int activation, int64_t rows, int64_t cols, Address gate,
+                                           int64_t gate_stride, Address up, int64_t up_stride, Address h,
+                                           int64_t h_stride) {
+  return {
+      DType(dtype), Activation(activation), rows, cols, pointer(gate), gate_stride, pointer(up), up_stride, pointer(h),
+      h_stride};
 }
 
-void glu_backward_cpu(int dtype, int activation, int64_t rows, int64_t cols, Address gate, int64_t gate_stride,
-                      Address up, int64_t up_stride, Address grad_h, int64_t grad_h_stride, Address grad_gate,
-                      int64_t grad_gate_stride, Address grad_up, int64_t grad_up_stride, Address h, int64_t h_stride,
-                      Address segments, int64_t num_segments, Address h_scores, Address gate_scores) {
-  ssiuu::cpu::glu_backward({DType(dtype),
-                            Activation(activation),
-                            rows,
-                            cols,
-                            pointer(gate),
-                            gate_stride,
-                            pointer(up),
-                            up_stride,
-                            pointer(grad_h),
-                            grad_h_stride,
-                            pointer(grad_gate),
-                            grad_gate_stride,
-                            pointer(grad_up),
-                            grad_up_stride,
-                            pointer(h),
-                            h_stride,
-                            pointer<Segment>(segments),
-                            num_segments,
-                            pointer<float>(h_scores),
-                            pointer<float>(gate_scores)});
+ssiuu::GluBackwardParams glu_backward_params(int dtype, int activation, int64_t rows, int64_t cols, Address gate,
+                                             int64_t gate_stride, Address up, int64_t up_stride, Address grad_h,
+                                             int64_t grad_h_stride, Address grad_gate, int64_t grad_gate_stride,
+                                             Address grad_up, int64_t grad_up_stride, Address h, int64_t h_stride,
+                                             Address segments, int64_t num_segments, Address h_scores,
+                                             Address gate_scores) {
+  return {DType(dtype),
+          Activation(activation),
+          rows,
+          cols,
+          pointer(gate),
+          gate_stride,
+          pointer(up),
+          up_stride,
+          pointer(grad_h),
+          grad_h_stride,
+          pointer(grad_gate),
+          grad_gate_stride,
+          pointer(grad_up),
+          grad_up_stride,
+          pointer(h),
+          h_stride,
+          pointer<Segment>(segments),
+          num_segments,
+          pointer<float>(h_scores),
+          pointer<float>(gate_scores)};
 }
 
-void token_scores_cpu(int dtype, int64_t rows, int64_t cols, Address z, int64_t z_stride, Address grad_z,
-                      int64_t grad_z_stride, Address segments, int64_t num_segments, Address scores) {
-  ssiuu::cpu::token_scores({DType(dtype), rows, cols, pointer(z), z_stride, pointer(grad_z), grad_z_stride,
-                            pointer<Segment>(segments), num_segments, pointer<float>(scores)});
+ssiuu::TokenScoresParams token_scores_params(int dtype, int64_t rows, int64_t cols, Address z, int64_t z_stride,
+                                             Address grad_z, int64_t grad_z_stride, Address segments,
+                                             int64_t num_segments, Address scores) {
+  return {DType(dtype),  rows,
+          cols,          pointer(z),
+          z_stride,      pointer(grad_z),
+          grad_z_stride, pointer<Segment>(segments),
+          num_segments,  pointer<float>(scores)};
 }
 
-void penalty_cpu(int param_dtype, int grad_dtype, int state_dtype, int64_t n, Address param, Address grad,
-                 Address target_grad, Address prev_attribution, double weight, int64_t step, Address stats) {
-  ssiuu::cpu::penalty({DType(param_dtype), DType(grad_dtype), DType(state_dtype), n, pointer(param), pointer(grad),
-                       pointer(target_grad), pointer(prev_attribution), weight, step, pointer<double>(stats)});
+ssiuu::PenaltyParams penalty_params(int param_dtype, int grad_dtype, int state_dtype, int64_t n, Address param,
+                                    Address grad, Address target_grad, Address prev_attribution, double weight,
+                                    int64_t step, Address stats) {
+  return {DType(param_dtype),    DType(grad_dtype),    DType(state_dtype),        n,      pointer(param),
+          pointer(grad),         pointer(target_grad), pointer(prev_attribution), weight, step,
+          pointer<double>(stats)};
 }
 
-void penalty_adamw_cpu(int param_dtype, int grad_dtype, int state_dtype, int64_t n, Address param, Address grad,
-                       Address target_grad, Address prev_attribution, Address exp_avg, Address exp_avg_sq, int64_t step,
-                       double lr, double beta1, double beta2, double eps, double weight_decay, double weight,
-                       Address stats) {
-  ssiuu::cpu::penalty_adamw({DType(param_dtype), DType(grad_dtype), DType(state_dtype), n, pointer(param),
-                             pointer(grad), pointer(target_grad), pointer(prev_attribution), pointer(exp_avg),
-                             pointer(exp_avg_sq), step, lr, beta1, beta2, eps, weight_decay, weight,
-                             pointer<double>(stats)});
+ssiuu::PenaltyAdamWParams penalty_adamw_params(int param_dtype, int grad_dtype, int state_dtype, int64_t n,
+                                               Address param, Address grad, Address target_grad,
+                                               Address prev_attribution, Address exp_avg, Address exp_avg_sq,
+                                               int64_t step, double lr, double beta1, double beta2, double eps,
+                                               double weight_decay, double weight, Address stats) {
+  return {DType(param_dtype),
+          DType(grad_dtype),
+          DType(state_dtype),
+          n,
+          pointer(param),
+          pointer(grad),
+          pointer(target_grad),
+          pointer(prev_attribution),
+          pointer(exp_avg),
+          pointer(exp_avg_sq),
+          step,
+          lr,
+          beta1,
+          beta2,
+          eps,
+          weight_decay,
+          weight,
+          pointer<double>(stats)};
+}
+
+template <class Params>
+struct Launcher {
+  using Cpu = void (*)(const Params&);
+  using Cuda = void (*)(const Params&, void* workspace, ssiuu::cuda::Stream stream);
+};
+
+#if defined(SSIUU_WITH_CUDA)
+#define SSIUU_CUDA_LAUNCH(op) &ssiuu::cuda::op
+#else
+#define SSIUU_CUDA_LAUNCH(op) nullptr
+#endif
+
+// Defines <op>_cpu(names...), and <op>_cuda(names..., workspace, stream) where there is a CUDA launcher.
+template <class Params, class... Args, class... Names>
+void define_op(py::module_& m, const std::string& op, typename Launcher<Params>::Cpu cpu,
+               typename Launcher<Params>::Cuda cuda, Params (*make_params)(Args...), Names... names) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def((op + "_cpu").c_str(), [=](Args... args) { cpu(make_params(args...)); }, no_gil, py::arg(names)...);
+  if (cuda == nullptr) return;
+  m.def((op + "_cuda").c_str(),
+        [=](Args... args, Address workspace, Address stream) {
+          cuda(make_params(args...), pointer(workspace), pointer<CUstream_st>(stream));
+        },
+        no_gil, py::arg(names)..., py::arg("workspace"), py::arg("stream"));
 }
 
 bool cpu_has(const std::string& feature) {
@@ -112,8 +163,13 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-  info["cuda_archs"] = std::string(SSIUU_CUDA_ARCHS);
-  info["cuda"] = !std::string(SSIUU_CUDA_ARCHS).empty();
+#if defined(SSIUU_WITH_CUDA)
+  info["cuda"] = true;
+  info["cuda_archs"] = SSIUU_CUDA_ARCHS;
+#else
+  info["cuda"] = false;
+  info["cuda_archs"] = "";
+#endif
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #else
@@ -126,27 +182,29 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU and CUDA kernels of ssiuu_kernels on raw pointers; use ssiuu_kernels.ops.";
-  const py::call_guard<py::gil_scoped_release> no_gil;
+  define_op(m, "glu_forward", &ssiuu::cpu::glu_forward, SSIUU_CUDA_LAUNCH(glu_forward), &glu_forward_params, "dtype",
+            "activation", "rows", "cols", "gate", "gate_stride", "up", "up_stride", "h", "h_stride");
+  define_op(m, "glu_backward", &ssiuu::cpu::glu_backward, SSIUU_CUDA_LAUNCH(glu_backward), &glu_backward_params,
+            "dtype", "activation", "rows", "cols", "gate", "gate_stride", "up", "up_stride", "grad_h", "grad_h_stride",
+            "grad_gate", "grad_gate_stride", "grad_up", "grad_up_stride", "h", "h_stride", "segments", "num_segments",
+            "h_scores", "gate_scores");
+  define_op(m, "token_scores", &ssiuu::cpu::token_scores, SSIUU_CUDA_LAUNCH(token_scores), &token_scores_params,
+            "dtype", "rows", "cols", "z", "z_stride", "grad_z", "grad_z_stride", "segments", "num_segments", "scores");
+  define_op(m, "penalty", &ssiuu::cpu::penalty, SSIUU_CUDA_LAUNCH(penalty), &penalty_params, "param_dtype",
+            "grad_dtype", "state_dtype", "n", "param", "grad", "target_grad", "prev_attribution", "weight", "step",
+            "stats");
+  define_op(m, "penalty_adamw", &ssiuu::cpu::penalty_adamw, SSIUU_CUDA_LAUNCH(penalty_adamw), &penalty_adamw_params,
+            "param_dtype", "grad_dtype", "state_dtype", "n", "param", "grad", "target_grad", "prev_attribution",
+            "exp_avg", "exp_avg_sq", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "weight", "stats");
 
-  m.def("glu_forward_cpu", &glu_forward_cpu, no_gil, py::arg("dtype"), py::arg("activation"), py::arg("rows"),
-        py::arg("cols"), py::arg("gate"), py::arg("gate_stride"), py::arg("up"), py::arg("up_stride"), py::arg("h"),
-        py::arg("h_stride"));
-  m.def("glu_backward_cpu", &glu_backward_cpu, no_gil, py::arg("dtype"), py::arg("activation"), py::arg("rows"),
-        py::arg("cols"), py::arg("gate"), py::arg("gate_stride"), py::arg("up"), py::arg("up_stride"),
-        py::arg("grad_h"), py::arg("grad_h_stride"), py::arg("grad_gate"), py::arg("grad_gate_stride"),
-        py::arg("grad_up"), py::arg("grad_up_stride"), py::arg("h"), py::arg("h_stride"), py::arg("segments"),
-        py::arg("num_segments"), py::arg("h_scores"), py::arg("gate_scores"));
-  m.def("token_scores_cpu", &token_scores_cpu, no_gil, py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("z"),
-        py::arg("z_stride"), py::arg("grad_z"), py::arg("grad_z_stride"), py::arg("segments"), py::arg("num_segments"),
-        py::arg("scores"));
-  m.def("penalty_cpu", &penalty_cpu, no_gil, py::arg("param_dtype"), py::arg("grad_dtype"), py::arg("state_dtype"),
-        py::arg("n"), py::arg("param"), py::arg("grad"), py::arg("target_grad"), py::arg("prev_attribution"),
-        py::arg("weight"), py::arg("step"), py::arg("stats"));
-  m.def("penalty_adamw_cpu", &penalty_adamw_cpu, no_gil, py::arg("param_dtype"), py::arg("grad_dtype"),
-        py::arg("state_dtype"), py::arg("n"), py::arg("param"), py::arg("grad"), py::arg("target_grad"),
-        py::arg("prev_attribution"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("step"), py::arg("lr"),
-        py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("weight"),
-        py::arg("stats"));
+#if defined(SSIUU_WITH_CUDA)
+  m.def("glu_backward_workspace_bytes", &ssiuu::cuda::glu_backward_workspace_bytes, py::arg("rows"), py::arg("cols"),
+        py::arg("num_segments"));
+  m.def("token_scores_workspace_bytes", &ssiuu::cuda::token_scores_workspace_bytes, py::arg("rows"), py::arg("cols"),
+        py::arg("num_segments"));
+  m.def("penalty_workspace_bytes", &ssiuu::cuda::penalty_workspace_bytes, py::arg("n"));
+#endif
+
   m.def("build_info", &build_info, "What the module was compiled with.");
   m.def("cpu_supported", &cpu_supported, "Whether this CPU has every instruction set extension compiled for.");
 }

@@ -1,11 +1,12 @@
 #include "ssiuu/glu.h"
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
-#include "dispatch.h"
 #include "row_blocks.h"
 #include "running_scores.h"
+#include "ssiuu/dispatch.h"
 #include "ssiuu/kernels.h"
 
 namespace ssiuu::cpu {

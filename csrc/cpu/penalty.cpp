@@ -1,9 +1,10 @@
 #include "ssiuu/penalty.h"
 
+#include <algorithm>
 #include <vector>
 
-#include "dispatch.h"
 #include "ssiuu/adamw.h"
+#include "ssiuu/dispatch.h"
 #include "ssiuu/kernels.h"
 
 namespace ssiuu::cpu {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "dispatch.h"
 #include "ssiuu/attribution.h"
 
 namespace ssiuu::cpu {

@@ -1,8 +1,9 @@
+#include <algorithm>
 #include <memory>
 
-#include "dispatch.h"
 #include "row_blocks.h"
 #include "running_scores.h"
+#include "ssiuu/dispatch.h"
 #include "ssiuu/kernels.h"
 
 namespace ssiuu::cpu {

@@ -6,6 +6,8 @@
 
 #include "ssiuu/types.h"
 
+struct CUstream_st;  // what a cudaStream_t points to
+
 namespace ssiuu {
 
 struct GluForwardParams {
@@ -98,4 +100,22 @@ void penalty(const PenaltyParams& params);
 void penalty_adamw(const PenaltyAdamWParams& params);
 
 }  // namespace cpu
+
+// Pointers are device pointers, segments and stats too. Nothing waits for the device; workspace is device memory of at
+// least the bytes asked for, free again when the stream has passed the kernel.
+namespace cuda {
+
+using Stream = CUstream_st*;
+
+int64_t glu_backward_workspace_bytes(int64_t rows, int64_t cols, int64_t num_segments);
+int64_t token_scores_workspace_bytes(int64_t rows, int64_t cols, int64_t num_segments);
+int64_t penalty_workspace_bytes(int64_t n);  // of penalty and of penalty_adamw
+
+void glu_forward(const GluForwardParams& params, void* workspace, Stream stream);  // workspace may be null
+void glu_backward(const GluBackwardParams& params, void* workspace, Stream stream);
+void token_scores(const TokenScoresParams& params, void* workspace, Stream stream);
+void penalty(const PenaltyParams& params, void* workspace, Stream stream);
+void penalty_adamw(const PenaltyAdamWParams& params, void* workspace, Stream stream);
+
+}  // namespace cuda
 }  // namespace ssiuu

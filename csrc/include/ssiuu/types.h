@@ -26,6 +26,8 @@ struct Segment {
   int32_t end;
 };
 
+SSIUU_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <class To, class From>
 SSIUU_HOST_DEVICE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast between types of different size");

@@ -1,14 +1,13 @@
-// From run-time codes to template arguments, and the division of work that every CPU kernel shares.
+// From run-time codes to template arguments.
 #pragma once
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "ssiuu/activation.h"
 #include "ssiuu/types.h"
 
-namespace ssiuu::cpu {
+namespace ssiuu {
 
 // Calls function(T{}) with the element type of dtype.
 template <class Function>
@@ -40,6 +39,4 @@ void dispatch_activation(Activation activation, Function&& function) {
   throw std::invalid_argument("unknown activation code " + std::to_string(static_cast<int>(activation)));
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace ssiuu::cpu
+}  // namespace ssiuu
