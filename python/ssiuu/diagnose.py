@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ssiuu_kernels as sk
 from ssiuu_kernels import NeuronScores
+
+from .facts import Fact
+from .models import load_model
+from .progress import job
+from .prompts import PromptFormat
+from .runs import Run
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 TOP = 100  # neurons in the reported sums, as in the paper
@@ -165,3 +174,83 @@ def summarise(variations: Mapping[str, Variation], top: int = TOP) -> dict:
         for kind, x in scores.items():
             by_kind[kind][name] = largest(x.flatten()).sum().item()
     return {"top": top, "sum": sums, "sum_by_kind": by_kind, "mean_top": means}
+
+
+def diagnose_run(run_dir: str | Path, **options) -> dict:
+    """Diagnose one run; see `diagnose_runs`."""
+    return diagnose_runs([run_dir], **options)[0]
+
+
+def diagnose_runs(
+    run_dirs: Iterable[str | Path],
+    *,
+    batch_size: int = 8,
+    target: str = "prob",
+    backend: str = "auto",
+) -> list[dict]:
+    """Influence variation over the forget set of finished runs; writes diagnosis.json and diagnosis.safetensors.
+
+    One model is in memory at a time, and runs that share a base model and a forget set share its attribution.
+
+    Args:
+        run_dirs: run folders.
+        batch_size: samples a forward and backward.
+        target: as in `measure_influence`.
+        backend: backend of the kernels.
+
+    Returns:
+        What was written to each diagnosis.json: `summarise`, "samples", "target", and "seconds" {"before", "after"}.
+
+    Raises:
+        ValueError: a folder without a finished run, batch_size below 1, or see `measure_influence`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; expected at least 1")
+    runs = [Run.open(path) for path in run_dirs]
+    samples = [_Samples.of(run) for run in runs]
+    summaries, originals = [], {}
+    with job("diagnose", sum(len(s.facts) for s in [*samples, *set(samples)])) as bar:
+        for run, sample in zip(runs, samples, strict=True):
+            if sample not in originals:
+                originals[sample] = sample.measure(sample.model, batch_size, target, backend, bar.advance)
+            before, seconds_before = originals[sample]
+            after, seconds = sample.measure(run.model, batch_size, target, backend, bar.advance)
+            variations = variation_by_kind(before, after)
+            summary = summarise(variations) | {
+                "samples": len(sample.facts),
+                "target": target,
+                "seconds": {"before": seconds_before, "after": seconds},
+            }
+            tensors = {f"{name}.{kind}": getattr(v, name) for kind, v in variations.items() for name in v._fields}
+            save_file(tensors, run.path / "diagnosis.safetensors")
+            run.write("diagnosis.json", summary)  # last, so that what it speaks of is there
+            summaries.append(summary)
+    return summaries
+
+
+class _Samples(NamedTuple):
+    """A run's forget samples, and all that the attribution of its original model depends on."""
+
+    model: str
+    dtype: str
+    trust_remote_code: bool
+    shots: int
+    facts: tuple[Fact, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> _Samples:
+        config = run.read("config.json")
+        trust = config.get("trust_remote_code", False)
+        return cls(config["model"], config["dtype"], trust, config["shots"], tuple(run.split().forget))
+
+    def measure(
+        self, name: str | Path, batch_size: int, target: str, backend: str, progress: Callable[[int], None]
+    ) -> tuple[dict[str, Influence], float]:
+        """Influence in the model of this name, and the seconds that it took, loading aside."""
+        model, tokenizer = load_model(name, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        prompts = PromptFormat(tokenizer, self.shots)
+        encoded = prompts.encode_facts(self.facts)
+        batches = (prompts.collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size))
+        start = time.perf_counter()
+        found = measure_influence(model, batches, target=target, backend=backend, progress=progress)
+        return found, time.perf_counter() - start

@@ -250,7 +250,7 @@ def training_curves(records: Sequence[RunRecord]) -> Figure | None:
         "gradient norms (dashed: penalty)": ["loss_grad_norm", "penalty_grad_norm"],
         "lambda": ["lambda"],
         "share outweighed by the penalty": ["share"],
-        "FS": ["fs"],
+        "FS (dashed: RS)": ["fs", "rs"],
         "mean P(answer) (dashed: retain)": ["forget_probability", "retain_probability"],
     }
     for ax, (title, names) in zip(axes.flat, panels.items(), strict=True):

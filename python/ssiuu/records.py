@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from .diagnose import KINDS, Variation
+from .runs import Run
 
 METHOD_NAMES = {"ga": "GA", "gd": "GD", "npo": "NPO", "dpo": "DPO", "ssiuu": "SSIUU"}
 
@@ -84,11 +85,7 @@ def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
 
 
 def _read_run(path: Path) -> RunRecord:
-    config = _read_json(path / "config.json")
-    if config is None or not {"method", "model", "status"} <= config.keys():
-        raise ValueError(f"{path} is not a run folder; expected one with the config.json that `ssiuu unlearn` writes")
-    if config["status"] != "complete":
-        raise ValueError(f"{path} holds an unfinished run (status {config['status']!r}); resume it first")
+    config = Run.open(path).read("config.json")
     attacks = [_read_json(file) for file in (path / "attacks").glob("*.json")]
     attacks.sort(key=lambda a: (a["kind"] == "benign", a["fraction"] or 0, a["learning_rate"], a["seed"]))
     diagnosis = _read_json(path / "diagnosis.json")

@@ -33,6 +33,7 @@ METRICS = {
     "RS": "Retain score: the same over facts that should be kept, from people the unlearning trained to keep.",
     "RS, other people": "The same over people in neither the forget set nor the retain set.",
     "P(answer)": "Mean probability of the true answer, given the question. It moves where a few facts make FS coarse.",
+    "by generation": "The same when the options stand in the prompt and the model writes its choice.",
     "margin": "Mean lead of the true answer over the best false option, in log-likelihood. Below 0, it loses.",
     "harmful attack": "Training further on a fraction p of the forget facts. The unseen facts, which it does not train "
     "on, show whether the others come back with them.",
@@ -124,20 +125,26 @@ def table_rows(records: Sequence[RunRecord]) -> list[Row]:
     """The rows of the table, the same in the page, in Markdown and in the terminal."""
     rows = [
         Row("Unlearning", "penalty", [_penalty(record) for record in records]),
+        Row("Unlearning", "lambda, share at last", [_last_penalty(record) for record in records]),
         Row("Unlearning", "learning rate", [f"{record.config['learning_rate']:g}" for record in records]),
         Row("Unlearning", "steps", [_or_not_run(_steps(record), "d") for record in records]),
         Row("Unlearning", "seconds", [_or_not_run(_seconds(record), ".0f") for record in records]),
     ]
     for name, key, digits in (
         ("FS", "fs", ".2f"),
+        ("FS by generation", "fs_generation", ".2f"),
         ("RS", "rs", ".2f"),
+        ("RS by generation", "rs_generation", ".2f"),
         ("RS, other people", "test_rs", ".2f"),
         ("P(answer), forget", "forget_probability", ".3f"),
         ("P(answer), retain", "retain_probability", ".3f"),
+        ("P(answer), other people", "test_retain_probability", ".3f"),
         ("margin, forget", "forget_margin", ".2f"),
         ("margin, retain", "retain_margin", ".2f"),
+        ("margin, other people", "test_retain_margin", ".2f"),
     ):
-        rows.append(Row("Before → after", name, [_before_after(record, key, digits) for record in records]))
+        if key in ("fs", "rs") or any(record.evaluation and key in record.evaluation["after"] for record in records):
+            rows.append(Row("Before → after", name, [_before_after(record, key, digits) for record in records]))
     for group, title in attack_groups(records).items() or [(("any", None), "any")]:
         found = [attack_summary(record, group) for record in records]
         for name, key, digits in (
@@ -204,6 +211,11 @@ def _penalty(record: RunRecord) -> str:
     if record.config.get("penalty_weight") is not None:
         return f"lambda {record.config['penalty_weight']:g}"
     return "none"
+
+
+def _last_penalty(record: RunRecord) -> str:
+    last = record.metrics[-1] if record.metrics else {}
+    return f"{last['lambda']:.3g}, {last['share']:.3g}" if last.get("lambda") else "none"
 
 
 def _or_not_run(value: float | None, digits: str) -> str:

@@ -24,6 +24,8 @@ def write_run(path, method="gd", *, strength=1.0, layers=2, width=16, steps=4, a
         "penalty_share": 0.25 if penalised else None,
         "target": "prob",
         "seed": 0,
+        "shots": 1,
+        "dtype": "float32",
     }
     _write(path / "config.json", config)
     _write(path / "split.json", {"forget": [FACT] * 12, "retain": [FACT] * 12, "test": [FACT] * 6})
@@ -38,6 +40,7 @@ def write_run(path, method="gd", *, strength=1.0, layers=2, width=16, steps=4, a
             "lambda": 10 * 1.3**step * penalised,
             "share": 0.25 * penalised * (1 - math.exp(-step)),
             "fs": 1 - 0.7 * step / steps,
+            "rs": 0.95,
             "forget_probability": 0.5 * (1 - step / steps),
             "retain_probability": 0.6,
         }
@@ -45,9 +48,9 @@ def write_run(path, method="gd", *, strength=1.0, layers=2, width=16, steps=4, a
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     before = {"fs": 1.0, "rs": 0.97, "forget_probability": 0.4, "retain_probability": 0.55, "forget_margin": 3.1,
-              "retain_margin": 3.3, "test_rs": 0.95}  # fmt: skip
+              "retain_margin": 3.3, "test_rs": 0.95, "test_retain_probability": 0.5}  # fmt: skip
     after = {"fs": 0.33, "rs": 0.9, "forget_probability": 0.02, "retain_probability": 0.6, "forget_margin": -1.2,
-             "retain_margin": 3.0, "test_rs": 0.85}  # fmt: skip
+             "retain_margin": 3.0, "test_rs": 0.85, "test_retain_probability": 0.4}  # fmt: skip
     _write(path / "evaluation.json", {"before": before, "after": after})
     if attacks:
         _write_attacks(path / "attacks", strength)

@@ -78,6 +78,7 @@ def test_page_markdown_and_terminal_show_the_same_cells(runs, written):
     rows = report.table_rows(records.read_runs(runs))
     assert "1.00 → 0.33" in page.cells
     assert "share 0.25" in page.cells
+    assert "28.6, 0.245" in page.cells
     for row in rows:
         for cell in (row.name, *row.cells):
             assert cell in page.cells
@@ -164,8 +165,8 @@ def _cut_attack(run):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_no_run, r"second is not a run folder"),
-        (lambda run: _change(run, status="running"), r"second holds an unfinished run \(status 'running'\)"),
+        (_no_run, r"second has no config.json"),
+        (lambda run: _change(run, status="running"), r"second is not finished"),
         (lambda run: _change(run, model="other"), r"different models \(.*first from smollm2, .*second from other\)"),
         (_cut_metrics, r"metrics.jsonl is not JSON lines"),
         (_cut_attack, r"benign-None-1e-05.json is not JSON"),
