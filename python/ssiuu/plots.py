@@ -9,44 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .diagnose import KINDS, TOP
+from .figure_style import FAINT, STYLE, colour, from_zero, line_of, method_legend, new_figure, whole_numbers
 from .records import RunRecord, attack_groups
-
-INK, FAINT = "#24292f", "#8c959f"
-# One colour a method in every figure, told apart without colour vision too (Okabe and Ito).
-METHOD_COLOURS = {"gd": "#d55e00", "ssiuu": "#0072b2", "ga": "#cc79a7", "npo": "#009e73", "dpo": "#e69f00"}
-OTHER_COLOURS = ("#56b4e9", "#7f6a3f", "#5e3c99", "#444444")
-LINE_STYLES = ("-", "--", "-.", ":")
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 10,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eaeef2",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "lines.linewidth": 2.0,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "figure.dpi": 100,
-    "savefig.dpi": 160,
-}
 
 
 def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:
@@ -60,23 +27,6 @@ def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:
             "training": training_curves(records),
         }
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def save(figure: Figure, path) -> None:
-    """Write a figure as PNG."""
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, format="png", metadata={"Software": None})
-
-
-def colour(record: RunRecord) -> str:
-    if record.method in METHOD_COLOURS:
-        return METHOD_COLOURS[record.method]
-    return OTHER_COLOURS[sum(map(ord, record.method)) % len(OTHER_COLOURS)]
-
-
-def line_of(record: RunRecord) -> dict:
-    """Keyword arguments of a run's lines."""
-    return {"color": colour(record), "linestyle": LINE_STYLES[record.style % len(LINE_STYLES)]}
 
 
 def mean_curve(attacks: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
@@ -93,7 +43,7 @@ def overview(records: Sequence[RunRecord]) -> Figure | None:
     if not diagnosed and not kinds:
         return None
     widths = [1.25] * bool(diagnosed) + [1.0] * len(kinds)
-    figure, axes = _figure(1, len(widths), (10, 3.7), width_ratios=widths)
+    figure, axes = new_figure(1, len(widths), (10, 3.7), width_ratios=widths)
     panels = iter(axes[0])
     if diagnosed:
         _influence_bars(next(panels), diagnosed)
@@ -103,7 +53,7 @@ def overview(records: Sequence[RunRecord]) -> Figure | None:
     for ax in attacked[1:]:
         ax.sharey(attacked[0])
         ax.set_ylabel("")
-    _method_legend(figure, records)
+    method_legend(figure, records)
     return figure
 
 
@@ -124,25 +74,26 @@ def _influence_bars(ax: Axes, records: Sequence[RunRecord]) -> None:
 
 
 def _recovery(ax: Axes, records: Sequence[RunRecord], kind: str) -> None:
-    name = _unseen(records, kind, "forget_probability", "unseen_probability")
+    name = _unseen_probability(records, kind)
     for record in records:
         ax.plot(*mean_curve(record.attacks_of(kind), name), **line_of(record))
     _mark_before(ax, records, "forget_probability")
     ax.set_title(f"Recovery, {kind} attack")
     ax.set_xlabel("attack step" if name == "forget_probability" else "attack step (unseen facts)")
     ax.set_ylabel("mean P(forgotten answer)")
-    _from_zero(ax)
+    from_zero(ax)
 
 
-def _unseen(records: Sequence[RunRecord], kind: str, everywhere: str, unseen: str) -> str:
-    """The name of the values over facts that attacks of a kind do not train on: a benign attack trains on none."""
+def _unseen_probability(records: Sequence[RunRecord], kind: str) -> str:
+    """Where attacks of a kind log the facts that they do not train on: a benign attack trains on none."""
     steps = (step for record in records for attack in record.attacks_of(kind) for step in attack["steps"])
-    return unseen if any(unseen in step for step in steps) else everywhere
+    return "unseen_probability" if any("unseen_probability" in step for step in steps) else "forget_probability"
 
 
 def _mark_before(ax: Axes, records: Sequence[RunRecord], name: str) -> None:
     """A line at what the original model reached, where the runs agree on it."""
-    levels = {record.evaluation["before"].get(name) for record in records if record.evaluation} - {None}
+    before = [record.evaluation["before"] for record in records if record.evaluation]
+    levels = {round(scores[name], 4) for scores in before if name in scores}
     if len(levels) == 1:
         level = levels.pop()
         ax.axhline(level, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -157,7 +108,7 @@ def influence_curves(records: Sequence[RunRecord]) -> Figure | None:
     records = [record for record in records if record.variations]
     if not records:
         return None
-    figure, axes = _figure(1, 2, (10, 3.8), sharey=True)
+    figure, axes = new_figure(1, 2, (10, 3.8), sharey=True)
     titles = {"d_plus": "$D^+$: positive influence removed", "d_minus": "$D^-$: negative influence added"}
     for ax, (name, title) in zip(axes[0], titles.items(), strict=True):
         for record in records:
@@ -177,7 +128,7 @@ def influence_curves(records: Sequence[RunRecord]) -> Figure | None:
     top = axes[0, 0].get_ylim()[1]
     axes[0, 0].set_ylim(top * 1e-5, top)
     axes[0, 0].set_ylabel("cumulative influence variation")
-    _method_legend(figure, records)
+    method_legend(figure, records)
     return figure
 
 
@@ -194,12 +145,12 @@ def module_maps(records: Sequence[RunRecord]) -> Figure | None:
     largest = max(value for rows in maps.values() for row in rows for value in row)
     # Few modules hold most of the influence: a square-root scale keeps the rest visible.
     norm = PowerNorm(0.5, 0, largest or 1.0)
-    figure, axes = _figure(len(records), 2, (10, 0.6 + 2.3 * len(records)), sharex=True)
+    figure, axes = new_figure(len(records), 2, (10, 0.6 + 2.3 * len(records)), sharex=True)
     for row, record in zip(axes, records, strict=True):
         for ax, (name, symbol) in zip(row, {"d_plus": "$D^+$", "d_minus": "$D^-$"}.items(), strict=True):
             image = ax.imshow(maps[record.path, name], aspect="auto", cmap="magma_r", norm=norm)
             ax.set_yticks(range(len(_kinds(record))), _kinds(record))
-            ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+            ax.xaxis.set_major_locator(whole_numbers(8))
             ax.set_title(f"{record.label}: {symbol}")
             ax.grid(False)
             ax.spines[:].set_visible(False)
@@ -220,9 +171,9 @@ def attack_curves(records: Sequence[RunRecord]) -> Figure | None:
     groups = attack_groups(records)
     if not groups:
         return None
-    figure, axes = _figure(2, len(groups), (10, 5.6), sharex="col", sharey="row")
+    figure, axes = new_figure(2, len(groups), (10, 5.6), sharex="col", sharey="row")
     for column, ((kind, fraction), title) in zip(axes.T, groups.items(), strict=True):
-        shown = _unseen(records, kind, "forget_probability", "unseen_probability")
+        shown = _unseen_probability(records, kind)
         for ax, name, before in zip(column, ("fs", shown), ("fs", "forget_probability"), strict=True):
             for record in records:
                 attacks = record.attacks_of(kind, fraction)
@@ -230,13 +181,13 @@ def attack_curves(records: Sequence[RunRecord]) -> Figure | None:
                     ax.plot(*mean_curve([attack], name), **line_of(record) | {"linewidth": 0.8, "alpha": 0.4})
                 ax.plot(*mean_curve(attacks, name), **line_of(record))
             _mark_before(ax, records, before)
-            _from_zero(ax)
+            from_zero(ax)
         column[0].set_title(f"{title} attack")
         column[1].set_title("unseen facts" if shown == "unseen_probability" else "all forget facts")
         column[1].set_xlabel("attack step")
     axes[0, 0].set_ylabel("FS (all forget facts)")
     axes[1, 0].set_ylabel("mean P(forgotten answer)")
-    _method_legend(figure, records)
+    method_legend(figure, records)
     return figure
 
 
@@ -244,7 +195,7 @@ def training_curves(records: Sequence[RunRecord]) -> Figure | None:
     """What every unlearning step logged."""
     if not any(record.metrics for record in records):
         return None
-    figure, axes = _figure(2, 3, (10, 5.6))
+    figure, axes = new_figure(2, 3, (10, 5.6))
     panels = {
         "loss": ["loss"],
         "gradient norms (dashed: penalty)": ["loss_grad_norm", "penalty_grad_norm"],
@@ -262,7 +213,7 @@ def training_curves(records: Sequence[RunRecord]) -> Figure | None:
                     style = line_of(record) | ({"linestyle": "--", "linewidth": 1.4} if index else {})
                     ax.plot(*zip(*points, strict=True), **style)
         ax.set_title(title)
-        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        ax.xaxis.set_major_locator(whole_numbers())
         if title.startswith(("gradient", "lambda")) and ax.lines:
             ax.set_yscale("log", nonpositive="mask")
             low, high = ax.get_ylim()
@@ -273,23 +224,5 @@ def training_curves(records: Sequence[RunRecord]) -> Figure | None:
             ax.set_ylim(bottom=0)
     for ax in axes[-1]:
         ax.set_xlabel("unlearning step")
-    _method_legend(figure, records)
+    method_legend(figure, records)
     return figure
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float], **options) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes `[rows, columns]`."""
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _from_zero(ax: Axes) -> None:
-    ax.set_ylim(bottom=0)
-    ax.set_xlim(left=0)
-    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
-
-
-def _method_legend(figure: Figure, records: Sequence[RunRecord]) -> None:
-    handles = [Line2D([], [], label=record.label, linewidth=3, **line_of(record)) for record in records]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=11)

@@ -14,6 +14,7 @@ from rich.table import Table
 import ssiuu_kernels as sk
 
 from . import plots
+from .figure_style import colour, save
 from .records import RunRecord, attack_groups, read_runs
 
 NOT_RUN = "not run"
@@ -75,7 +76,7 @@ def write_report(run_dirs: Iterable[str | Path], out_dir: str | Path) -> Path:
     figures = []
     for name, figure in plots.draw_all(records).items():
         file = out_dir / f"{name}.png"
-        plots.save(figure, file)
+        save(figure, file)
         figures.append((name, CAPTIONS[name], base64.b64encode(file.read_bytes()).decode("ascii")))
     rows = table_rows(records)
     (out_dir / "report.json").write_text(json.dumps(as_json(records), indent=1) + "\n", encoding="utf-8")
@@ -86,7 +87,7 @@ def write_report(run_dirs: Iterable[str | Path], out_dir: str | Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         model=records[0].config["model"],
         runs=[
-            {"label": record.label, "colour": plots.colour(record), "config": json.dumps(record.config, indent=1)}
+            {"label": record.label, "colour": colour(record), "config": json.dumps(record.config, indent=1)}
             for record in records
         ],
         rows=rows,
@@ -110,7 +111,7 @@ def summary_table(run_dirs: Iterable[str | Path]) -> Table:
     table = Table(title=f"Unlearning {records[0].config['model']}", title_justify="left", title_style="bold")
     table.add_column("")
     for record in records:
-        table.add_column(record.label, justify="right", header_style=plots.colour(record))
+        table.add_column(record.label, justify="right", header_style=colour(record))
     section = ""
     for row in table_rows(records):
         if row.section != section:

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from ssiuu import plots, records, report
+from ssiuu.figure_style import line_of
 from tests.toolkit.run_folders import write_run
 
 FIGURES = {"overview", "influence", "modules", "attacks", "training"}
@@ -125,8 +126,8 @@ def test_a_run_without_what_another_has(runs, tmp_path):
 def test_runs_of_one_method_are_told_apart(tmp_path):
     found = records.read_runs([write_run(tmp_path / name, "ssiuu") for name in ("weak", "strong")])
     assert [record.label for record in found] == ["SSIUU (weak)", "SSIUU (strong)"]
-    assert plots.line_of(found[0])["color"] == plots.line_of(found[1])["color"]
-    assert plots.line_of(found[0])["linestyle"] != plots.line_of(found[1])["linestyle"]
+    assert line_of(found[0])["color"] == line_of(found[1])["color"]
+    assert line_of(found[0])["linestyle"] != line_of(found[1])["linestyle"]
 
 
 def test_mean_curve_keeps_to_the_steps_that_all_have():
