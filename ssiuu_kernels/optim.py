@@ -54,6 +54,7 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
             raise ValueError("penalty_weight=0 cannot be steered to a penalty_share; start from a positive one")
         self.backend = check_backend(backend)
         self.last_stats: PenaltyStats | None = None
+        self.last_weight = penalty_weight
         super().__init__(params, {**defaults, "penalty_weight": penalty_weight, "penalty_share": penalty_share})
 
     @property
@@ -90,6 +91,7 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
             # It belongs to this step alone: left behind, it would be counted again by the next backward.
             param.target_grad = None
         self.last_stats = PenaltyStats.total(parts) if parts else None
+        self.last_weight = self.penalty_weight
         if parts and step > 1:
             self._steer()
 
@@ -119,6 +121,7 @@ class SsiuuAdamW(_PenalisedOptimizer):
 
     Attributes:
         last_stats: `PenaltyStats` of the last step, all parameters together.
+        last_weight: lambda of the last step; `penalty_weight` is that of the next.
 
     Raises:
         ValueError: options out of range.

@@ -1,0 +1,74 @@
+"""Scores of the forget, retain and test sets, under the names that metrics and reports use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from .facts import Fact, Split, all_have_options
+from .metrics import generation_accuracy, score_facts
+from .models import load_model
+from .progress import job
+from .prompts import PromptFormat
+from .runs import Run
+
+# What `FactScores.means` calls them -> (name for the forget set, name for the retain set).
+NAMES = {
+    "score": ("fs", "rs"),
+    "probability": ("forget_probability", "retain_probability"),
+    "margin": ("forget_margin", "retain_margin"),
+}
+
+
+def evaluate_sets(
+    model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact], retain: Sequence[Fact]
+) -> dict[str, float]:
+    """FS, RS, mean answer probability and margin of both sets; see `NAMES`. An empty set is left out."""
+    found = {}
+    for which, facts in enumerate((forget, retain)):
+        if facts:
+            means = score_facts(model, prompts, facts).means()
+            found |= {NAMES[name][which]: value for name, value in means.items()}
+    return found
+
+
+def evaluate_split(
+    model: PreTrainedModel, prompts: PromptFormat, split: Split, generation: bool = False
+) -> dict[str, float]:
+    """All sets of a split; the test set's scores are named as the retain set's, with "test_" before.
+
+    Args:
+        generation: also the accuracy when the model writes its choice among options that stand in the prompt.
+    """
+    found = evaluate_sets(model, prompts, split.forget, split.retain)
+    found |= {f"test_{name}": value for name, value in evaluate_sets(model, prompts, [], split.test).items()}
+    if generation:
+        for name, facts in (("fs_generation", split.forget), ("rs_generation", split.retain)):
+            if facts and all_have_options(facts):
+                found[name] = generation_accuracy(model, prompts, facts)
+    return found
+
+
+def evaluate_run(run_dir: str | Path) -> dict:
+    """Evaluate a finished run's model and the model it started from on all sets, by choice and by generation.
+
+    Returns:
+        {"before": {...}, "after": {...}}, also written to the run's evaluation.json.
+
+    Raises:
+        ValueError: no finished run.
+    """
+    run = Run.open(run_dir)
+    config, split = run.read("config.json"), run.split()
+    found = {}
+    with job("evaluate", 2) as bar:
+        for when, name in (("before", config["model"]), ("after", run.model)):
+            model, tokenizer = load_model(
+                name, dtype=config["dtype"], trust_remote_code=config.get("trust_remote_code", False)
+            )
+            found[when] = evaluate_split(model, PromptFormat(tokenizer, config["shots"]), split, generation=True)
+            bar.advance()
+    run.write("evaluation.json", found)
+    return found

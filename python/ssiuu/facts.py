@@ -1,0 +1,177 @@
+"""Facts to forget and to keep: one JSONL schema, its loaders, and splits in which no person is in two sets."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A question with its answer.
+
+    Attributes:
+        question, answer: text, not empty.
+        false_options: wrong answers of the same kind; empty where the answer is free text (TOFU), which is then judged
+            by ROUGE-L recall instead of by choice.
+        subject: the person; None where the data does not say.
+    """
+
+    question: str
+    answer: str
+    false_options: tuple[str, ...] = ()
+    subject: str | None = None
+
+
+class Split(NamedTuple):
+    """Three sets of facts; no person is in two of them. `test` holds the people that training never sees."""
+
+    forget: list[Fact]
+    retain: list[Fact]
+    test: list[Fact]
+
+
+def load_facts(source: str | Path) -> list[Fact]:
+    """Read facts.
+
+    Args:
+        source: "builtin" (the embedded people), the path of a .jsonl file, or a `datasets` name as "name" or
+            "name:configuration" (its "train" split). A row has question and answer, and optionally false_options (or
+            TOFU's perturbed_answer) and subject.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a malformed row (file, line number, field), or no rows.
+    """
+    facts = [_as_fact(row, where) for where, row in read_rows(source, "facts.jsonl")]
+    if not facts:
+        raise ValueError(f"facts {source} has no rows; expected at least one")
+    return facts
+
+
+def read_rows(source: str | Path, embedded: str) -> Iterable[tuple[str, object]]:
+    """(where it stands, row) of a JSONL file or a dataset; `embedded` is the package's file that "builtin" means."""
+    if source == BUILTIN:
+        return _read_jsonl(resources.files("ssiuu") / "data" / embedded, embedded)
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json") or path.exists():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; expected a .jsonl file, a datasets name or 'builtin'")
+        return _read_jsonl(path, str(path))
+    return _read_dataset(str(source))
+
+
+def _read_jsonl(path, name: str) -> Iterable[tuple[str, object]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{name}, line {number}"
+        if not line.strip():
+            raise ValueError(f"{where} is empty; expected one JSON object a line")
+        try:
+            yield where, json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def _read_dataset(source: str) -> Iterable[tuple[str, object]]:
+    import datasets  # takes seconds to import, and most runs read no hub
+
+    name, _, configuration = source.partition(":")
+    for number, row in enumerate(datasets.load_dataset(name, configuration or None, split="train"), 1):
+        yield f"{source}, row {number}", row
+
+
+def _as_fact(row: object, where: str) -> Fact:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is a {type(row).__name__}; expected an object with question and answer")
+    for field in ("question", "answer"):
+        value = row.get(field)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{where}, field {field!r} is {value!r}; expected a text that is not empty")
+    options = row.get("false_options", row.get("perturbed_answer")) or []
+    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+        raise ValueError(f"{where}, field 'false_options' is {options!r}; expected a list of texts")
+    if row["answer"] in options:
+        raise ValueError(f"{where}, field 'false_options' contains the answer {row['answer']!r}; remove it")
+    subject = row.get("subject")
+    if subject is not None and (not isinstance(subject, str) or not subject.strip()):
+        raise ValueError(f"{where}, field 'subject' is {subject!r}; expected a name, or no such field")
+    return Fact(row["question"], row["answer"], tuple(options), subject)
+
+
+def by_subject(facts: Iterable[Fact]) -> dict[str, list[Fact]]:
+    """Facts of each person, in order of first appearance.
+
+    Raises:
+        ValueError: a fact without subject.
+    """
+    people: dict[str, list[Fact]] = {}
+    for fact in facts:
+        if fact.subject is None:
+            raise ValueError(
+                f"the fact {fact.question!r} has no subject, so it cannot be split by person; "
+                "add the field, or give the forget and the retain set as two files"
+            )
+        people.setdefault(fact.subject, []).append(fact)
+    return people
+
+
+def split_by_subject(facts: Sequence[Fact], forget_people: int, retain_people: int, seed: int) -> Split:
+    """Draw people for the forget and the retain set; the rest is the test set.
+
+    Args:
+        facts: facts with subjects.
+        forget_people, retain_people: how many, each at least 1.
+        seed: of the draw; the same seed and facts give the same split.
+
+    Raises:
+        ValueError: fewer people than asked for, or numbers below 1.
+    """
+    people = by_subject(facts)
+    if forget_people < 1 or retain_people < 1:
+        raise ValueError(f"forget_people={forget_people}, retain_people={retain_people}; expected at least 1 each")
+    if forget_people + retain_people > len(people):
+        raise ValueError(
+            f"forget_people={forget_people} and retain_people={retain_people} need more people than the "
+            f"{len(people)} that the facts have; ask for fewer"
+        )
+    names = list(people)
+    random.Random(seed).shuffle(names)
+    cut = forget_people + retain_people
+    return check_split(
+        Split(*([fact for name in part for fact in people[name]] for part in
+                (names[:forget_people], names[forget_people:cut], names[cut:])))
+    )  # fmt: skip
+
+
+def check_split(split: Split) -> Split:
+    """`split` if forget and retain have facts and no person is in two sets.
+
+    Raises:
+        ValueError: an empty forget or retain set, a shared person or question, options in one set only.
+    """
+    for name in ("forget", "retain"):
+        if not getattr(split, name):
+            raise ValueError(f"the {name} set is empty; expected at least one fact")
+    for i, first in enumerate(Split._fields):
+        for second in Split._fields[i + 1 :]:
+            for field in ("subject", "question"):
+                shared = {getattr(f, field) for f in split[i]} & {getattr(f, field) for f in getattr(split, second)}
+                shared.discard(None)
+                if shared:
+                    raise ValueError(
+                        f"the {first} and the {second} set share the {field} {min(shared)!r}"
+                        f"{f' and {len(shared) - 1} more' if len(shared) > 1 else ''}; give each to one set"
+                    )
+    return split
+
+
+def all_have_options(facts: Iterable[Fact]) -> bool:
+    """Whether every fact can be judged by choice among options."""
+    return all(fact.false_options for fact in facts)

