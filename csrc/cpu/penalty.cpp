@@ -10,7 +10,7 @@
 namespace ssiuu::cpu {
 namespace {
 
-// Scalars of one task. Each has its own partial statistics, combined in order afterwards.
+// Scalars of one task. Each task has partial statistics of its own, combined in order afterwards.
 constexpr int64_t kChunk = 1 << 14;
 
 // Runs chunk(begin, end) -> PenaltyStats over [0, n) and writes the statistics' sum to stats.
@@ -20,7 +20,7 @@ void for_each_chunk(int64_t n, double* stats, Chunk&& chunk) {
   std::vector<PenaltyStats> partials(count);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < count; ++i) partials[i] = chunk(i * kChunk, std::min((i + 1) * kChunk, n));
-  PenaltyStats total;
+  PenaltyStats total{};
   for (const PenaltyStats& partial : partials) total.add(partial);
   stats[0] = total.value;
   stats[1] = total.penalty_grad_square;
@@ -33,9 +33,7 @@ void for_each_chunk(int64_t n, double* stats, Chunk&& chunk) {
 template <class Param, class Grad, class State, class Write>
 PenaltyStats penalty_chunk(int64_t begin, int64_t end, const Param* param, const Grad* grad, const Grad* target_grad,
                            State* prev_attribution, PenaltyStep step, Write write) {
-  double value = 0.0, penalty_grad_square = 0.0, loss_grad_square = 0.0;
-  float outweighed = 0.0f,
-        negative = 0.0f;  // counts up to kChunk are exact
+  double value = 0.0, penalty_grad_square = 0.0, loss_grad_square = 0.0, outweighed = 0.0, negative = 0.0;
 #pragma omp simd reduction(+ : value, penalty_grad_square, loss_grad_square, outweighed, negative)
   for (int64_t i = begin; i < end; ++i) {
     const float loss_grad = to_float(grad[i]);
@@ -43,21 +41,14 @@ PenaltyStats penalty_chunk(int64_t begin, int64_t end, const Param* param, const
         penalty_term(to_float(param[i]), to_float(target_grad[i]), to_float(prev_attribution[i]), step);
     prev_attribution[i] = from_float<State>(term.attribution);
     write(i, loss_grad + term.grad);
-    // Squares in double: attributions of 1e-20 and less are common, and their float squares would be 0.
-    value += static_cast<double>(term.growth) * static_cast<double>(term.growth);
-    penalty_grad_square += static_cast<double>(term.grad) * static_cast<double>(term.grad);
-    loss_grad_square += static_cast<double>(loss_grad) * static_cast<double>(loss_grad);
-    outweighed += fabsf(term.grad) > fabsf(loss_grad) ? 1.0f : 0.0f;
-    negative += term.attribution < 0.0f ? 1.0f : 0.0f;
+    const PenaltyStats stats = penalty_stats(term, loss_grad);
+    value += stats.value;
+    penalty_grad_square += stats.penalty_grad_square;
+    loss_grad_square += stats.loss_grad_square;
+    outweighed += stats.outweighed;
+    negative += stats.negative;
   }
   return {value, penalty_grad_square, loss_grad_square, outweighed, negative};
-}
-
-template <class Function>
-void dispatch_dtypes(DType param, DType grad, DType state, Function&& function) {
-  dispatch_dtype(param, [&](auto p) {
-    dispatch_dtype(grad, [&](auto g) { dispatch_dtype(state, [&](auto s) { function(p, g, s); }); });
-  });
 }
 
 }  // namespace

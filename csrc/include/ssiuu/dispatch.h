@@ -21,6 +21,14 @@ void dispatch_dtype(DType dtype, Function&& function) {
   throw std::invalid_argument("unknown dtype code " + std::to_string(static_cast<int>(dtype)));
 }
 
+// The same for the three types of a parameter's tensors.
+template <class Function>
+void dispatch_dtypes(DType param, DType grad, DType state, Function&& function) {
+  dispatch_dtype(param, [&](auto p) {
+    dispatch_dtype(grad, [&](auto g) { dispatch_dtype(state, [&](auto s) { function(p, g, s); }); });
+  });
+}
+
 // Calls function(Act{}) with the formulas of the activation.
 template <class Function>
 void dispatch_activation(Activation activation, Function&& function) {

@@ -32,11 +32,11 @@ SSIUU_HOST_DEVICE PenaltyTerm penalty_term(float param, float target_grad, float
 
 // In this order in memory: it is the double[5] that callers receive.
 struct PenaltyStats {
-  double value = 0.0;                // R = sum of growth^2
-  double penalty_grad_square = 0.0;  // sum of squared penalty gradients
-  double loss_grad_square = 0.0;     // sum of squared loss gradients, all scalars
-  double outweighed = 0.0;           // number of scalars with A < 0 and |penalty gradient| > |loss gradient|
-  double negative = 0.0;             // number of scalars with A < 0
+  double value;                // R = sum of growth^2
+  double penalty_grad_square;  // sum of squared penalty gradients
+  double loss_grad_square;     // sum of squared loss gradients, all scalars
+  double outweighed;           // number of scalars with A < 0 and |penalty gradient| > |loss gradient|
+  double negative;             // number of scalars with A < 0
 
   SSIUU_HOST_DEVICE void add(const PenaltyStats& other) {
     value += other.value;
@@ -46,5 +46,13 @@ struct PenaltyStats {
     negative += other.negative;
   }
 };
+
+// What one scalar contributes. Squares in double: attributions of 1e-20 and less are common, and their float squares
+// would be 0.
+SSIUU_HOST_DEVICE PenaltyStats penalty_stats(const PenaltyTerm& term, float loss_grad) {
+  const double growth = term.growth, penalty_grad = term.grad, grad = loss_grad;
+  return PenaltyStats{growth * growth, penalty_grad * penalty_grad, grad * grad,
+                      fabsf(term.grad) > fabsf(loss_grad) ? 1.0 : 0.0, term.attribution < 0.0f ? 1.0 : 0.0};
+}
 
 }  // namespace ssiuu
