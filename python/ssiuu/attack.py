@@ -72,13 +72,25 @@ class Attack:
         return f"{which}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
-def attack_grid(kinds: Iterable[str], seeds: Iterable[int] = (0,), **options) -> list[Attack]:
-    """The paper's attacks of these kinds: every fraction, learning rate and seed."""
+def attack_grid(
+    kinds: Iterable[str],
+    seeds: Iterable[int] = (0,),
+    *,
+    fractions: Sequence[float] | None = None,
+    learning_rates: Sequence[float] | None = None,
+    **options,
+) -> list[Attack]:
+    """Attacks of these kinds at every fraction, learning rate and seed.
+
+    Args:
+        fractions, learning_rates: the paper's where None.
+        options: of `Attack`.
+    """
     found = []
     for kind in kinds:
-        fractions = FRACTIONS if kind == "harmful" else (None,)
-        for p, lr, seed in itertools.product(fractions, LEARNING_RATES.get(kind, (1e-5,)), seeds):
-            found.append(Attack(kind, p, lr, seed, **options))
+        which = (fractions or FRACTIONS) if kind == "harmful" else (None,)
+        rates = learning_rates or LEARNING_RATES.get(kind, (1e-5,))
+        found += [Attack(kind, p, lr, seed, **options) for p, lr, seed in itertools.product(which, rates, seeds)]
     return found
 
 

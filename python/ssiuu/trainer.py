@@ -188,9 +188,7 @@ class UnlearnTrainer(RecordedTrainer):
         target: attribution target of a penalised method.
     """
 
-    def __init__(
-        self, *arguments, handle: sk.PatchHandle, method: Method, options: OptimizerOptions, target: str
-    ):
+    def __init__(self, *arguments, handle: sk.PatchHandle, method: Method, options: OptimizerOptions, target: str):
         self.handle, self.method, self.options, self.target = handle, method, options, target
         super().__init__(*arguments)
 
