@@ -83,7 +83,7 @@ def from_zero(ax: Axes) -> None:
 def method_legend(figure: Figure, records: Sequence[RunRecord]) -> None:
     """The runs' colours and line styles, once for all panels."""
     handles = [Line2D([], [], label=record.label, linewidth=3, **line_of(record)) for record in records]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=11)
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)), fontsize=11)
 
 
 def whole_numbers(count: int = 6) -> MaxNLocator:

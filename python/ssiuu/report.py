@@ -220,13 +220,18 @@ def _last_penalty(record: RunRecord) -> str:
 
 
 def _or_not_run(value: float | None, digits: str) -> str:
-    return NOT_RUN if value is None else format(value, digits)
+    return NOT_RUN if value is None else _number(value, digits)
+
+
+def _number(value: float, digits: str) -> str:
+    # Only probabilities have three digits, and a forgotten answer's is small but never 0.
+    return "<0.001" if digits == ".3f" and 0 < value < 0.0005 else format(value, digits)
 
 
 def _before_after(record: RunRecord, key: str, digits: str) -> str:
     if record.evaluation is None or key not in record.evaluation["after"]:
         return NOT_RUN
-    return " → ".join(format(record.evaluation[when][key], digits) for when in ("before", "after"))
+    return " → ".join(_number(record.evaluation[when][key], digits) for when in ("before", "after"))
 
 
 def _markdown(records: Sequence[RunRecord], rows: Sequence[Row]) -> str:

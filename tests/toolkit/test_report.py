@@ -123,6 +123,15 @@ def test_a_run_without_what_another_has(runs, tmp_path):
     assert set(plots.draw_all(records.read_runs([runs[0], bare]))) == FIGURES
 
 
+def test_small_probabilities_are_not_shown_as_none(tmp_path):
+    run = write_run(tmp_path / "run", "gd")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["after"]["forget_probability"] = 2e-6
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    rows = {row.name: row.cells for row in report.table_rows(records.read_runs([run]))}
+    assert rows["P(answer), forget"] == ["0.400 → <0.001"]
+
+
 def test_runs_of_one_method_are_told_apart(tmp_path):
     found = records.read_runs([write_run(tmp_path / name, "ssiuu") for name in ("weak", "strong")])
     assert [record.label for record in found] == ["SSIUU (weak)", "SSIUU (strong)"]
