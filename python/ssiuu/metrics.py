@@ -118,7 +118,7 @@ def generate(
     """Greedy continuation of each prompt, cut at the first line break."""
     answers = []
     for text in texts:
-        ids = torch.tensor([prompts.encode_text(text, " ", prompts.prefix).prompt], device=model.device)
+        ids = torch.tensor([prompts.encode_prompt(text)], device=model.device)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

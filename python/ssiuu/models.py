@@ -10,6 +10,10 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+# The toolkit shows its own progress; a second set of bars would break its lines.
+disable_progress_bar()
 
 PACKAGED = "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +49,8 @@ def load_model(
         )
     except OSError as error:
         raise ValueError(f"model {name} could not be loaded: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # weights of other sizes than the configuration says
+        raise ValueError(f"the checkpoint of {name} does not fit its configuration: {error}") from error
     unfit = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if unfit:
         raise ValueError(

@@ -57,6 +57,10 @@ class PromptFormat:
         """Tokens of a question after the examples, and of its answer."""
         return self.encode_text(self.question(question), f" {answer}", self.prefix)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of the examples and of a text for the model to continue."""
+        return self.prefix + self.tokenizer(text, add_special_tokens=False).input_ids
+
     def encode_text(self, prompt: str, answer: str, prefix: Sequence[int] | None = None) -> Encoded:
         """Tokens of any prompt and the text after it; `prefix` defaults to what the tokenizer begins texts with."""
         start = self.tokenizer("").input_ids if prefix is None else list(prefix)

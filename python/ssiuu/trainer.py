@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import ssiuu_kernels as sk
 
@@ -96,6 +96,7 @@ def training_arguments(
     weight_decay: float = 0.0,
 ) -> TrainingArguments:
     """The Trainer's arguments that all runs share: constant learning rate, no clipping, one micro-batch an item."""
+    memory = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=1,
@@ -115,9 +116,8 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
         use_cpu=not torch.cuda.is_available(),
+        **(memory if gradient_checkpointing else {}),
     )
 
 
@@ -145,6 +145,7 @@ class RecordedTrainer(Trainer):
         # The losses below are means over the micro-batch: the Trainer is to divide them by their number.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_Recorder(self, record))
+        self.remove_callback(PrinterCallback)
 
     def _collate(self, items: list[MicroBatch]) -> dict[str, Tensor]:
         (batch,) = items

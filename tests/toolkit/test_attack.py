@@ -1,0 +1,98 @@
+"""Retraining attacks on a tiny unlearned model, and fine-tuning."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssiuu.attack import Attack, attack_grid, attack_run
+from ssiuu.evaluate import evaluate_run
+from ssiuu.finetune import finetune
+from ssiuu.unlearn import UnlearnOptions, unlearn
+
+
+@pytest.fixture
+def run(model_dir, facts_file, tmp_path):
+    options = UnlearnOptions(
+        model=str(model_dir), facts=str(facts_file), forget_people=3, retain_people=2, shots=0, max_steps=2,
+        learning_rate=1e-3, save_every=0,
+    )  # fmt: skip
+    return unlearn(options, tmp_path / "run")
+
+
+HARMFUL = Attack("harmful", 0.3, 1e-2, steps=4, evaluate_every=2)
+
+
+def test_the_papers_grid():
+    names = [attack.name for attack in attack_grid(("harmful", "benign"))]
+    assert len(names) == len(set(names)) == 9
+    assert names[0] == "harmful-p0.1-lr1e-05-seed0"
+
+
+def test_a_harmful_attack_brings_its_own_facts_back(run):
+    (result,) = attack_run(run.path, [replace(HARMFUL, steps=30)])
+    assert [step["step"] for step in result["steps"]][:3] == [0, 2, 4]
+    assert result["steps"][-1]["forget_probability"] > result["steps"][0]["forget_probability"]
+    assert result["max_fs"] == max(step["fs"] for step in result["steps"])
+    assert "max_unseen_fs" in result
+
+
+def test_a_benign_attack_has_no_unseen_facts(run, tmp_path):
+    path = tmp_path / "i.jsonl"
+    path.write_text(json.dumps({"instruction": "say yes", "output": "yes"}) + "\n")
+    (result,) = attack_run(run.path, [Attack("benign", None, 1e-3, steps=2, evaluate_every=1, instructions=str(path))])
+    assert len(result["steps"]) == 3
+    assert "max_unseen_fs" not in result
+
+
+def test_the_runs_model_stays_as_it_is(run):
+    before = load_file(run.model / "model.safetensors")
+    attack_run(run.path, [HARMFUL])
+    after = load_file(run.model / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_finished_attacks_are_not_run_again(run, monkeypatch):
+    first = attack_run(run.path, [HARMFUL])
+    monkeypatch.setattr("ssiuu.attack.load_model", lambda *_, **__: pytest.fail("attacked again"))
+    assert attack_run(run.path, [HARMFUL]) == first
+
+
+def test_other_options_under_the_same_name_are_refused(run):
+    attack_run(run.path, [HARMFUL])
+    with pytest.raises(ValueError, match="of other options"):
+        attack_run(run.path, [replace(HARMFUL, steps=3)])
+
+
+BAD = {
+    "kind='evil'": {"kind": "evil"},
+    "fraction=None": {"fraction": None},
+    "fraction=1.0": {"fraction": 1.0},
+    "steps=0": {"steps": 0},
+    "learning_rate=0": {"learning_rate": 0},
+}
+
+
+@pytest.mark.parametrize(("message", "changes"), BAD.items(), ids=BAD)
+def test_bad_attacks(tmp_path, message, changes):
+    with pytest.raises(ValueError, match=message):
+        attack_run(tmp_path, [replace(HARMFUL, **changes)])
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        attack_run(tmp_path, [HARMFUL])
+
+
+def test_evaluate_adds_generation(run):
+    found = evaluate_run(run.path)
+    assert {"fs", "rs", "fs_generation", "rs_generation"} <= set(found["after"])
+    assert found == run.read("evaluation.json")
+
+
+def test_finetuning_teaches_the_facts(model_dir, facts_file, tmp_path):
+    run = finetune(tmp_path / "taught", model=str(model_dir), facts=str(facts_file), steps=60, learning_rate=1e-2)
+    found = run.read("evaluation.json")
+    assert found["after"]["retain_probability"] > 3 * found["before"]["retain_probability"]

@@ -1,0 +1,113 @@
+"""Loading, validating and splitting facts; the embedded sets."""
+
+import json
+
+import pytest
+
+from ssiuu.facts import Fact, Split, by_subject, check_split, load_facts, split_by_subject
+from ssiuu.instructions import load_instructions
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+GOOD = {"question": "q", "answer": "a", "false_options": ["b"], "subject": "s"}
+
+
+def test_embedded_facts_are_enough():
+    facts = load_facts("builtin")
+    assert len(facts) >= 400
+    assert len(by_subject(facts)) >= 120
+    assert all(len(fact.false_options) == 2 for fact in facts)
+
+
+def test_embedded_questions_are_distinct():
+    questions = [fact.question for fact in load_facts("builtin")]
+    assert len(set(questions)) == len(questions)
+
+
+def test_embedded_questions_do_not_give_the_answer_away():
+    assert not [fact for fact in load_facts("builtin") if fact.answer in fact.question.split()]
+
+
+def test_embedded_instructions():
+    assert len(load_instructions("builtin")) >= 100
+
+
+def test_reads_what_was_written(tmp_path):
+    assert load_facts(write(tmp_path / "f.jsonl", GOOD)) == [Fact("q", "a", ("b",), "s")]
+
+
+def test_rows_without_options_or_subject(tmp_path):
+    assert load_facts(write(tmp_path / "f.jsonl", {"question": "q", "answer": "a"})) == [Fact("q", "a")]
+
+
+MALFORMED = {
+    "not JSON": ("{oops", "line 2 is not JSON"),
+    "an empty line": ("", "line 2 is empty"),
+    "no object": ([1], "line 2 is a list"),
+    "no question": ({"answer": "a"}, "line 2, field 'question'"),
+    "blank answer": ({**GOOD, "answer": " "}, "line 2, field 'answer'"),
+    "options as text": ({**GOOD, "false_options": "b"}, "line 2, field 'false_options'"),
+    "true option among the false": ({**GOOD, "false_options": ["a"]}, "line 2, field 'false_options' contains"),
+    "subject as number": ({**GOOD, "subject": 3}, "line 2, field 'subject'"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_rows_are_named(tmp_path, row, message):
+    with pytest.raises(ValueError, match=r"f\.jsonl, " + message):
+        load_facts(write(tmp_path / "f.jsonl", GOOD, row))
+
+
+def test_an_empty_file(tmp_path):
+    with pytest.raises(ValueError, match="has no rows"):
+        load_facts(write(tmp_path / "f.jsonl"))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_facts(tmp_path / "none.jsonl")
+
+
+def test_malformed_instruction(tmp_path):
+    with pytest.raises(ValueError, match=r"i\.jsonl, line 1, field 'output'"):
+        load_instructions(write(tmp_path / "i.jsonl", {"instruction": "say"}))
+
+
+def test_no_person_is_in_two_sets(facts):
+    split = split_by_subject(facts, 2, 3, seed=1)
+    people = [{fact.subject for fact in part} for part in split]
+    assert [len(part) for part in people] == [2, 3, 1]
+    assert len(set.union(*people)) == 6
+
+
+def test_the_seed_decides_the_split(facts):
+    assert split_by_subject(facts, 2, 3, seed=1) == split_by_subject(facts, 2, 3, seed=1)
+    assert any(split_by_subject(facts, 2, 3, 1) != split_by_subject(facts, 2, 3, seed) for seed in range(2, 6))
+
+
+def test_more_people_than_there_are(facts):
+    with pytest.raises(ValueError, match="need more people than the 6"):
+        split_by_subject(facts, 4, 3, seed=0)
+
+
+def test_facts_without_subject_cannot_be_split():
+    with pytest.raises(ValueError, match="has no subject"):
+        split_by_subject([Fact("q", "a")], 1, 1, seed=0)
+
+
+BAD_SPLITS = {
+    "the retain set is empty": Split([Fact("q", "a")], [], []),
+    "the forget set is empty": Split([], [Fact("q", "a")], []),
+    "share the subject 's'": Split([Fact("q", "a", (), "s")], [Fact("r", "a", (), "s")], []),
+    "share the question 'q'": Split([Fact("q", "a")], [Fact("q", "b")], []),
+}
+
+
+@pytest.mark.parametrize(("message", "split"), BAD_SPLITS.items(), ids=BAD_SPLITS)
+def test_bad_splits(message, split):
+    with pytest.raises(ValueError, match=message):
+        check_split(split)

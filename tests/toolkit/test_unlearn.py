@@ -1,0 +1,194 @@
+"""Unlearning runs on a tiny model: what they leave behind, how they resume, what they refuse."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssiuu import unlearn as unlearn_module
+from ssiuu.runs import Run
+from ssiuu.trainer import DivergedError, Schedule, UnlearnTrainer
+from ssiuu.unlearn import UnlearnOptions, unlearn
+
+
+@pytest.fixture
+def options(model_dir, facts_file):
+    """Six steps that no threshold ends."""
+    return UnlearnOptions(
+        model=str(model_dir), facts=str(facts_file), forget_people=2, retain_people=3, shots=0, max_steps=6,
+        learning_rate=1e-3, penalty_share=0.3, penalty_weight=1.0, threshold=-1.0, save_every=2, evaluate_every=3,
+    )  # fmt: skip
+
+
+def weights(run):
+    return load_file(run.model / "model.safetensors")
+
+
+def lines(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["gd", "ssiuu"])
+def test_a_run_leaves_its_records(options, tmp_path, method):
+    run = unlearn(replace(options, method=method), tmp_path / "run")
+    assert run.read("config.json")["status"] == "complete"
+    assert set(run.read("evaluation.json")) == {"before", "after"}
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 5, 6]
+    assert ("share" in lines(run)[-1]) == (method == "ssiuu")
+    assert ["fs" in line for line in lines(run)] == [False, False, True] * 2
+    assert run.split().forget
+
+
+def test_unlearning_lowers_the_forget_probability(options, tmp_path):
+    evaluation = unlearn(replace(options, max_steps=20), tmp_path / "run").read("evaluation.json")
+    assert evaluation["after"]["forget_probability"] < 0.5 * evaluation["before"]["forget_probability"]
+
+
+def test_the_penalty_changes_the_run(options, tmp_path):
+    gd = weights(unlearn(replace(options, method="gd"), tmp_path / "gd"))
+    ssiuu = weights(unlearn(options, tmp_path / "ssiuu"))
+    assert any(not torch.equal(gd[name], ssiuu[name]) for name in gd)
+
+
+def test_without_weight_the_penalty_changes_nothing(options, tmp_path):
+    gd = weights(unlearn(replace(options, method="gd"), tmp_path / "gd"))
+    zero = weights(unlearn(replace(options, penalty_weight=0.0, penalty_share=None), tmp_path / "zero"))
+    assert all(torch.allclose(gd[name], zero[name], rtol=1e-4, atol=1e-6) for name in gd)
+
+
+class KilledError(Exception):
+    """What a killed process looks like from inside."""
+
+
+def kill_after(monkeypatch, step):
+    """Break the run off once `step` was recorded, before any checkpoint of that step."""
+    append = Run.append_metrics
+
+    def append_and_die(run, line):
+        append(run, line)
+        if line["step"] == step:
+            raise KilledError
+
+    monkeypatch.setattr(Run, "append_metrics", append_and_die)
+
+
+@pytest.mark.parametrize("method", ["gd", "ssiuu"])
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
+def test_a_killed_run_resumes_bit_for_bit(options, tmp_path, monkeypatch, step, method):
+    options = replace(options, method=method, accumulate=2, forget_batch=2)
+    whole = unlearn(options, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        kill_after(patched, step)
+        with pytest.raises(KilledError):
+            unlearn(options, tmp_path / "killed")
+    resumed = unlearn(options, tmp_path / "killed", resume=True)
+    expected, actual = weights(whole), weights(resumed)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    drop_time = [{name: value for name, value in line.items() if name != "seconds"} for line in lines(resumed)]
+    assert drop_time == [{n: v for n, v in line.items() if n != "seconds"} for line in lines(whole)]
+
+
+def test_a_run_killed_after_its_last_step_resumes_bit_for_bit(options, tmp_path, monkeypatch):
+    options = replace(options, threshold=1.0, evaluate_every=2)  # stops at step 2, which is also saved
+    whole = unlearn(options, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "finish", lambda run: (_ for _ in ()).throw(KilledError))
+        with pytest.raises(KilledError):
+            unlearn(options, tmp_path / "killed")
+    resumed = unlearn(options, tmp_path / "killed", resume=True)
+    assert [line["step"] for line in lines(resumed)] == [1, 2]
+    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(whole).items())
+
+
+def test_stops_at_the_threshold(options, tmp_path):
+    run = unlearn(replace(options, threshold=1.0, evaluate_every=1), tmp_path / "run")
+    assert len(lines(run)) == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
+    compute = UnlearnTrainer.compute_loss
+
+    def diverge(trainer, *args, **kwargs):
+        loss = compute(trainer, *args, **kwargs)
+        return loss * math.nan if trainer.state.global_step == 4 else loss
+
+    monkeypatch.setattr(UnlearnTrainer, "compute_loss", diverge)
+    with pytest.raises(DivergedError, match="the loss is nan at step 5"):
+        unlearn(options, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    assert run.last_checkpoint().name == "checkpoint-4"
+    assert all(tensor.isfinite().all() for tensor in load_file(run.last_checkpoint() / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("value", ["retain_batch", "forget_batch"])
+def test_a_batch_larger_than_its_set(options, tmp_path, value):
+    with pytest.raises(ValueError, match=f"{value}=99"):
+        unlearn(replace(options, **{value: 99}), tmp_path / "run")
+
+
+def test_an_existing_folder_is_refused(options, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="exists; choose another"):
+        unlearn(options, tmp_path / "run")
+
+
+def test_resuming_with_other_options_is_refused(options, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        kill_after(patched, 3)
+        with pytest.raises(KilledError):
+            unlearn(options, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"was started with learning_rate=0\.001, now 0\.1"):
+        unlearn(replace(options, learning_rate=0.1), tmp_path / "run", resume=True)
+
+
+def test_resuming_a_finished_run_is_refused(options, tmp_path):
+    unlearn(replace(options, max_steps=1), tmp_path / "run")
+    with pytest.raises(ValueError, match="nothing to resume"):
+        unlearn(replace(options, max_steps=1), tmp_path / "run", resume=True)
+
+
+BAD = {
+    "unknown method": ("method='simnpo'", {"method": "simnpo"}),
+    "unknown target": ("target='loss'", {"target": "loss"}),
+    "no steps": ("max_steps=0", {"max_steps": 0}),
+    "negative learning rate": ("learning_rate=-1", {"learning_rate": -1.0}),
+    "facts and forget": ("either facts, or forget and retain", {"forget": "a.jsonl", "retain": "b.jsonl"}),
+    "forget alone": ("either facts, or forget and retain", {"facts": None, "forget": "a.jsonl"}),
+}
+
+
+@pytest.mark.parametrize(("message", "changes"), BAD.values(), ids=BAD)
+def test_bad_options_are_refused_before_any_work(options, tmp_path, monkeypatch, message, changes):
+    monkeypatch.setattr(unlearn_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        unlearn(replace(options, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_free_text_facts_are_judged_by_rouge(options, tmp_path):
+    for name, person in (("forget", "ann"), ("retain", "bob")):
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"question": f"where {person} born", "answer": "rome"}) + "\n"
+        )
+    run = unlearn(
+        replace(
+            options,
+            facts=None,
+            forget=str(tmp_path / "forget.jsonl"),
+            retain=str(tmp_path / "retain.jsonl"),
+            max_steps=1,
+        ),
+        tmp_path / "run",
+    )
+    assert "forget_margin" not in run.read("evaluation.json")["after"]
+
+
+def test_a_schedule_goes_through_each_part_in_turn():
+    schedule = Schedule([(["a", "b", "c"], 2, True), (["x"], 1, False)], count=3, seed=5)
+    batches = [schedule[i] for i in range(3)]
+    forgotten = [sample for batch in batches for sample in batch.samples[:2]]
+    assert sorted(forgotten[:3]) == sorted(forgotten[3:]) == ["a", "b", "c"]
+    assert all(batch.samples[2] == "x" and batch.forget == [True, True, False] for batch in batches)
