@@ -68,7 +68,8 @@ def _influence_bars(ax: Axes, records: Sequence[RunRecord]) -> None:
     ax.set_yticks([0, 1], ["Erased\n$D^+$", "Hidden\n$D^-$"])
     ax.set_ylim(1.55, -0.55)
     ax.set_xlim(0, 1.15 * largest)
-    ax.set_xlabel(f"influence variation, sum of {TOP} neurons")
+    targets = ", ".join(sorted({record.diagnosis["target"] for record in records}))
+    ax.set_xlabel(f"influence variation ({targets}), sum of {TOP} neurons")
     ax.set_title("What unlearning did to neurons")
     ax.grid(False, axis="y")
 
@@ -125,8 +126,8 @@ def influence_curves(records: Sequence[RunRecord]) -> Figure | None:
         ax.set_xlabel("neurons, strongest first")
         ax.set_yscale("log", nonpositive="mask")
         ax.set_title(title)
-    top = axes[0, 0].get_ylim()[1]
-    axes[0, 0].set_ylim(top * 1e-5, top)
+    low, top = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(max(low, top * 1e-8), top)
     axes[0, 0].set_ylabel("cumulative influence variation")
     method_legend(figure, records)
     return figure

@@ -44,6 +44,9 @@ METRICS = {
     "D+": "Positive influence removed, summed over 100 neurons: knowledge erased.",
     "D-": "Negative influence added, summed over 100 neurons: neurons grown to push the answer down, so that it is "
     "hidden rather than erased.",
+    "influence variation of": "The quantity that neurons are credited with: prob is P(answer), as in the paper; "
+    "log_prob its logarithm. Attribution to prob is proportional to P(answer), so once a model gives an answer next to no "
+    "probability, D- in prob is next to nothing whatever was grown; log_prob still shows it.",
     "lambda, share": "Weight of the SSIUU penalty, and the fraction of the parameters of negative attribution whose "
     "penalty gradient outweighs their loss gradient. lambda is no portable number; the share is.",
 }
@@ -157,6 +160,8 @@ def table_rows(records: Sequence[RunRecord]) -> list[Row]:
             if key == "max_fs" or any(key in summary for summary in found):
                 cells = [_or_not_run(summary.get(key), digits) for summary in found]
                 rows.append(Row("Attacks, highest value", f"{title}: {name}", cells))
+    targets = [record.diagnosis["target"] if record.diagnosis else NOT_RUN for record in records]
+    rows.append(Row("Influence variation", "of", targets))
     sums = [record.diagnosis["sum"] if record.diagnosis else {} for record in records]
     for name, key in (("D+, erased", "d_plus"), ("D-, hidden", "d_minus")):
         rows.append(Row("Influence variation", name, [_or_not_run(found.get(key), ".3g") for found in sums]))

@@ -88,7 +88,10 @@ def _write_diagnosis(path, strength, layers, width):
         hidden = torch.rand(layers, width) ** 8 * strength * torch.rand(layers, 1)
         erased = torch.rand(layers, width) ** 8 * torch.rand(layers, 1)
         variations[kind] = Variation(erased, hidden)
-    _write(path / "diagnosis.json", summarise(variations) | {"samples": 12, "seconds": 3.0})
+    _write(
+        path / "diagnosis.json",
+        summarise(variations) | {"samples": 12, "target": "log_prob", "seconds": {"before": 3.0, "after": 3.0}},
+    )
     tensors = {f"{name}.{kind}": getattr(v, name) for kind, v in variations.items() for name in v._fields}
     save_file(tensors, path / "diagnosis.safetensors")
 

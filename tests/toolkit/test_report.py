@@ -111,7 +111,7 @@ def test_parts_not_run_are_marked(tmp_path):
     (run / "evaluation.json").unlink()
     page = Page(report.write_report([run], tmp_path / "report").read_text())
     assert {file.stem for file in (tmp_path / "report").glob("*.png")} == {"training"}
-    for name in ("FS", "any: FS", "D+, erased"):
+    for name in ("FS", "any: FS", "of", "D+, erased"):
         assert page.cells[page.cells.index(name) + 1] == "not run"
 
 
