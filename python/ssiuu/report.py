@@ -45,8 +45,8 @@ METRICS = {
     "D-": "Negative influence added, summed over 100 neurons: neurons grown to push the answer down, so that it is "
     "hidden rather than erased.",
     "influence variation of": "The quantity that neurons are credited with: prob is P(answer), as in the paper; "
-    "log_prob its logarithm. Attribution to prob is proportional to P(answer), so once a model gives an answer next to no "
-    "probability, D- in prob is next to nothing whatever was grown; log_prob still shows it.",
+    "log_prob its logarithm. Attribution to prob is proportional to P(answer), so once a model gives an answer next to "
+    "no probability, D- in prob is next to nothing whatever was grown; log_prob still shows it.",
     "lambda, share": "Weight of the SSIUU penalty, and the fraction of the parameters of negative attribution whose "
     "penalty gradient outweighs their loss gradient. lambda is no portable number; the share is.",
 }
