@@ -62,15 +62,8 @@ def _native_availability() -> Availability:
         return Availability(
             False, f"built for {info['cpu_isa']}, which this CPU lacks: rebuild with SSIUU_CPU_ARCH=x86-64-v2"
         )
-    return Availability(True, f"CPU kernels for {info['cpu_isa']}; {_native_cuda_state(info)}")
-
-
-def _native_cuda_state(info: dict) -> str:
-    if not info["cuda"]:
-        return "built without CUDA"
-    return f"CUDA kernels for {info['cuda_archs']}, " + (
-        "used when named (not yet measured on a device)" if torch.cuda.is_available() else "no CUDA device here"
-    )
+    cuda = f"compiled for {info['cuda_archs']} but not called yet" if info["cuda"] else "not built"
+    return Availability(True, f"CPU kernels for {info['cpu_isa']}; CUDA kernels {cuda}")
 
 
 def available_backends() -> dict[str, Availability]:
@@ -122,9 +115,6 @@ def select(op: str, backend: str, *tensors: torch.Tensor | None) -> Callable:
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}; use backend='auto'")
         return _kernels[op, backend].run
     for candidate in AUTO_ORDER:
-        # CUDA kernels stay opt-in until a committed measurement shows that they are faster.
-        if candidate == "native" and any(t is not None and t.is_cuda for t in tensors):
-            continue
         if _why_not(op, candidate, tensors) is None:
             return _kernels[op, candidate].run
     raise AssertionError(f"{op} has no reference kernel")

@@ -1,0 +1,134 @@
+"""The demonstration: unlearn some people from SmolLM2 with GD and with SSIUU, attack both, diagnose both, report."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from .attack import Attack, attack_run
+from .diagnose import diagnose_runs
+from .facts import BUILTIN, Fact, Split, by_subject, check_split, load_facts
+from .metrics import known_facts, score_facts
+from .models import PACKAGED, load_model
+from .progress import console, job
+from .prompts import PromptFormat
+from .report import summary_table, write_report
+from .runs import COMPLETE, Run
+from .unlearn import UnlearnOptions, unlearn
+
+METHODS = ("gd", "ssiuu")
+
+# What fits into minutes on two cores, and still shows something. One worked example: without it the model gives its
+# answers probabilities near 1e-4, and each further one costs tokens in every step. The geometric mean probability as
+# target, and the share: see "The demonstration" in the README.
+SHOTS = 1
+CANDIDATE_PEOPLE, MIN_PROBABILITY = 48, 0.15
+FORGET_PEOPLE, FACTS_A_PERSON, RETAIN_PEOPLE, RETAIN_FACTS, TEST_FACTS = 6, 2, 10, 24, 24
+OPTIONS = UnlearnOptions(
+    shots=SHOTS,
+    learning_rate=1e-5,
+    penalty_weight=1e3,
+    penalty_share=0.25,
+    target="geometric_mean_prob",
+    max_steps=30,
+    retain_batch=12,
+    evaluation_facts=12,
+)
+ATTACKS = (
+    Attack("harmful", 0.3, 1e-5, steps=10, batch_size=4, evaluate_every=2),
+    Attack("benign", None, 1e-5, steps=10, batch_size=4, evaluate_every=5),
+)
+# In P(answer) itself, as in the paper, an unlearned model's attributions vanish with P; its logarithm keeps them.
+DIAGNOSIS_TARGET = "log_prob"
+
+Result = TypeVar("Result")
+
+
+def run_demo(out_dir: str | Path, *, seed: int = 0, model: str = PACKAGED, options: UnlearnOptions = OPTIONS) -> Path:
+    """Run the demonstration and print its table. What an interrupted one finished is not done again.
+
+    Args:
+        out_dir: receives gd/, ssiuu/ (run folders) and report/.
+        seed: of the people, and of the order of facts.
+        model: as for `load_model`.
+        options: of both runs; method, model and seed are set here.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        ValueError: the folder holds something else, or the model knows too few facts.
+    """
+    out = Path(out_dir)
+    if out.exists() and not any((out / method / "config.json").is_file() for method in METHODS):
+        raise ValueError(f"{out} exists and holds no demonstration; choose another folder with --out")
+    started = time.perf_counter()
+
+    def phase(title: str, work: Callable[[], Result]) -> Result:
+        console.rule(f"[bold]{title}[/bold]  [dim]{time.perf_counter() - started:.0f} s", align="left")
+        return work()
+
+    split = phase("Facts that the model knows", lambda: _split(out, model, options.shots, seed))
+    runs = [
+        phase(
+            f"Unlearn with {method.upper()}", lambda method=method: _unlearn(out, model, method, options, seed, split)
+        )
+        for method in METHODS
+    ]
+    for run in runs:
+        phase(f"Attack {run.path.name.upper()}", lambda run=run: attack_run(run.path, ATTACKS))
+    folders = [run.path for run in runs]
+    phase("Diagnose", lambda: diagnose_runs(folders, target=DIAGNOSIS_TARGET))
+    page = phase("Report", lambda: write_report(folders, out / "report"))
+    console.print(summary_table(folders))
+    console.print(f"\n{time.perf_counter() - started:.0f} seconds. Report: {page}")
+    return page
+
+
+def _split(out: Path, model: str, shots: int, seed: int) -> Split:
+    """The sets of the runs that are there, or a new choice among what the model knows."""
+    for method in METHODS:
+        if (out / method / "split.json").is_file():
+            return Run(out / method).split()
+    people = by_subject(load_facts(BUILTIN))
+    names = random.Random(seed).sample(list(people), CANDIDATE_PEOPLE)
+    facts = [fact for name in names for fact in people[name]]
+    net, tokenizer = load_model(model)
+    with job("find known facts", len(facts)) as bar:
+        scores = score_facts(net, PromptFormat(tokenizer, shots), facts, progress=bar.advance)
+    return choose_known(known_facts(scores, facts, MIN_PROBABILITY))
+
+
+def choose_known(known: list[Fact]) -> Split:
+    """Forget the people of whom most is known, a few facts each; keep the next; the rest is the test set.
+
+    Args:
+        known: facts that the model answers, surest first.
+
+    Raises:
+        ValueError: too few people.
+    """
+    people = sorted(by_subject(known).values(), key=len, reverse=True)
+    if len(people) < FORGET_PEOPLE + RETAIN_PEOPLE + 1:
+        raise ValueError(
+            f"the model knows facts about {len(people)} of the people tried; the demonstration needs "
+            f"{FORGET_PEOPLE + RETAIN_PEOPLE + 1}: use a model that knows more"
+        )
+    forget = [fact for facts in people[:FORGET_PEOPLE] for fact in facts[:FACTS_A_PERSON]]
+    cut = FORGET_PEOPLE + RETAIN_PEOPLE
+    retain = [fact for facts in people[FORGET_PEOPLE:cut] for fact in facts][:RETAIN_FACTS]
+    test = [fact for facts in people[cut:] for fact in facts][:TEST_FACTS]
+    return check_split(Split(forget, retain, test))
+
+
+def _unlearn(out: Path, model: str, method: str, options: UnlearnOptions, seed: int, split: Split) -> Run:
+    run = Run(out / method)
+    started = (run.path / "config.json").is_file()
+    if started and run.read("config.json")["status"] == COMPLETE:
+        console.print(f"{run.path} is finished")
+        return run
+    return unlearn(replace(options, model=model, method=method, seed=seed), run.path, resume=started, split=split)
