@@ -33,20 +33,20 @@ void for_each_chunk(int64_t n, double* stats, Chunk&& chunk) {
 template <class Param, class Grad, class State, class Write>
 PenaltyStats penalty_chunk(int64_t begin, int64_t end, const Param* param, const Grad* grad, const Grad* target_grad,
                            State* prev_attribution, PenaltyStep step, Write write) {
-  double value = 0.0, penalty_grad_square = 0.0, loss_grad_square = 0.0, outweighed = 0.0, negative = 0.0;
+  double value = 0.0, penalty_grad_square = 0.0, loss_grad_square = 0.0;
+  float outweighed = 0.0f, negative = 0.0f;  // exact: a chunk has fewer than 2^24 scalars
 #pragma omp simd reduction(+ : value, penalty_grad_square, loss_grad_square, outweighed, negative)
   for (int64_t i = begin; i < end; ++i) {
     const float loss_grad = to_float(grad[i]);
     const PenaltyTerm term =
-        penalty_term(to_float(param[i]), to_float(target_grad[i]), to_float(prev_attribution[i]), step);
+        penalty_term(to_float(param[i]), loss_grad, to_float(target_grad[i]), to_float(prev_attribution[i]), step);
     prev_attribution[i] = from_float<State>(term.attribution);
     write(i, loss_grad + term.grad);
-    const PenaltyStats stats = penalty_stats(term, loss_grad);
-    value += stats.value;
-    penalty_grad_square += stats.penalty_grad_square;
-    loss_grad_square += stats.loss_grad_square;
-    outweighed += stats.outweighed;
-    negative += stats.negative;
+    value += square(term.growth);
+    penalty_grad_square += square(term.grad);
+    loss_grad_square += square(loss_grad);
+    outweighed += term.outweighs;
+    negative += term.negative;
   }
   return {value, penalty_grad_square, loss_grad_square, outweighed, negative};
 }

@@ -79,10 +79,10 @@ __device__ __forceinline__ void penalise(const Op& op, int64_t i, PenaltyStats& 
   load(op.prev_attribution + i, attribution);
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    const PenaltyTerm term = penalty_term(w[k], target_grad[k], attribution[k], op.step);
+    const PenaltyTerm term = penalty_term(w[k], loss_grad[k], target_grad[k], attribution[k], op.step);
     attribution[k] = term.attribution;
     grad_sum[k] = loss_grad[k] + term.grad;
-    stats.add(penalty_stats(term, loss_grad[k]));
+    stats.add({square(term.growth), square(term.grad), square(loss_grad[k]), term.outweighs, term.negative});
   }
   store(op.prev_attribution + i, attribution);
   op.write(i, w, grad_sum);

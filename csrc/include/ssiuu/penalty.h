@@ -22,13 +22,20 @@ struct PenaltyTerm {
   float attribution;  // A = param * target_grad
   float growth;       // A - A_prev where A is penalised, else 0
   float grad;         // 2 * weight * growth * target_grad
+  float outweighs;  // 1 where |grad| > |loss_grad|, else 0; a count in float does not keep loops from being vectorised
+  float negative;   // 1 where A < 0, else 0
 };
 
-SSIUU_HOST_DEVICE PenaltyTerm penalty_term(float param, float target_grad, float prev_attribution, PenaltyStep step) {
+SSIUU_HOST_DEVICE PenaltyTerm penalty_term(float param, float loss_grad, float target_grad, float prev_attribution,
+                                           PenaltyStep step) {
   const float a = attribution(param, target_grad);
   const float growth = a < step.threshold ? a - prev_attribution : 0.0f;
-  return PenaltyTerm{a, growth, a < step.threshold ? step.twice_weight * growth * target_grad : 0.0f};
+  const float grad = a < step.threshold ? step.twice_weight * growth * target_grad : 0.0f;
+  return PenaltyTerm{a, growth, grad, fabsf(grad) > fabsf(loss_grad) ? 1.0f : 0.0f, a < 0.0f ? 1.0f : 0.0f};
 }
+
+// In double: attributions of 1e-20 and less are common, and their float squares would be 0.
+SSIUU_HOST_DEVICE double square(float x) { return static_cast<double>(x) * static_cast<double>(x); }
 
 // In this order in memory: it is the double[5] that callers receive.
 struct PenaltyStats {
@@ -46,13 +53,5 @@ struct PenaltyStats {
     negative += other.negative;
   }
 };
-
-// What one scalar contributes. Squares in double: attributions of 1e-20 and less are common, and their float squares
-// would be 0.
-SSIUU_HOST_DEVICE PenaltyStats penalty_stats(const PenaltyTerm& term, float loss_grad) {
-  const double growth = term.growth, penalty_grad = term.grad, grad = loss_grad;
-  return PenaltyStats{growth * growth, penalty_grad * penalty_grad, grad * grad,
-                      fabsf(term.grad) > fabsf(loss_grad) ? 1.0 : 0.0, term.attribution < 0.0f ? 1.0 : 0.0};
-}
 
 }  // namespace ssiuu
