@@ -70,9 +70,10 @@ def finetune(
         "method": "finetune", "model": model, "facts": facts, "max_steps": steps, "batch_size": batch_size,
         "learning_rate": learning_rate, "shots": shots, "dtype": dtype, "seed": seed,
     }  # fmt: skip
-    run = Run.create(run_dir, config, resume=False)
+    run = Run.claim(run_dir, config, resume=False)
     net, tokenizer = load_model(model, dtype=dtype)
     prompts = PromptFormat(tokenizer, shots)
+    run.start(config)
     before = evaluate_sets(net, prompts, [], known)
     with job("finetune", steps) as bar:
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import __version__ as transformers_version
 
 import ssiuu_kernels as sk
@@ -29,24 +31,21 @@ class Run:
         self.attacks, self.metrics = self.path / "attacks", self.path / "metrics.jsonl"
 
     @classmethod
-    def create(cls, path: str | Path, config: dict[str, Any], resume: bool) -> Run:
-        """A new folder with its configuration, or (resume) the one that is there.
+    def claim(cls, path: str | Path, config: dict[str, Any], resume: bool) -> Run:
+        """A run that may be started (`start`) or resumed in this folder; nothing is written yet.
 
         Raises:
             ValueError: the folder exists and resume is false; nothing to resume, other options, or a finished run.
         """
         run = cls(path)
-        config = {**config, "versions": {"ssiuu-kernels": sk.__version__, "transformers": transformers_version}}
         if not resume:
             if run.path.exists():
                 raise ValueError(f"run folder {run.path} exists; choose another, or continue it with --resume")
-            run.path.mkdir(parents=True)
-            run.write("config.json", {**config, "status": RUNNING})
             return run
         before = run.read("config.json")
         if before["status"] == COMPLETE:
             raise ValueError(f"run {run.path} is complete; there is nothing to resume")
-        changed = [name for name in config if name != "versions" and before.get(name) != config[name]]
+        changed = [name for name in config if before.get(name) != config[name]]
         if changed:
             name = changed[0]
             raise ValueError(
@@ -54,6 +53,14 @@ class Run:
                 "resume with the same options"
             )
         return run
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Make the folder, and keep the configuration in it; a resumed run has both already."""
+        if self.path.exists():
+            return
+        self.path.mkdir(parents=True)
+        versions = {"ssiuu-kernels": sk.__version__, "torch": torch.__version__, "transformers": transformers_version}
+        self.write("config.json", {**config, "versions": versions, "status": RUNNING})
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -83,8 +90,9 @@ class Run:
         partial.replace(file)
 
     def finish(self) -> None:
-        """Mark the run as complete."""
+        """Mark the run as complete, and drop the checkpoints, which are three times as large as the model."""
         self.write("config.json", {**self.read("config.json"), "status": COMPLETE})
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_split(self, split: Split) -> None:
         """Keep the sets, for attacks and diagnosis to use the same facts."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import check_target
@@ -117,19 +117,23 @@ def unlearn(
     """
     options.check()
     chosen = split or choose_split(options)
-    run = Run.create(run_dir, _config(options), resume)
+    config = _config(options)
+    run = Run.claim(run_dir, config, resume)
     set_seed(options.seed)
     model, tokenizer = load_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     prompts = PromptFormat(tokenizer, options.shots)
-    if resume and (run.path / "split.json").is_file():
-        chosen = run.split()
-    elif options.known_probability is not None and split is None:
-        chosen = _known(model, prompts, chosen, options.known_probability)
-    run.write_split(chosen)
-    before = run.read("evaluation.json")["before"] if _evaluated(run) else evaluate_split(model, prompts, chosen)
-    run.write("evaluation.json", {"before": before})
-    _train(model, tokenizer, prompts, chosen, options, run)
-    after = evaluate_split(model, prompts, chosen)
+    with sk.patch(model, scope="all") as handle:
+        if resume and (run.path / "split.json").is_file():
+            chosen = run.split()
+        elif options.known_probability is not None and split is None:
+            chosen = _known(model, prompts, chosen, options.known_probability)
+        schedule = _schedule(prompts, chosen, options)
+        run.start(config)
+        run.write_split(chosen)
+        before = run.read("evaluation.json")["before"] if _evaluated(run) else evaluate_split(model, prompts, chosen)
+        run.write("evaluation.json", {"before": before})
+        _train(model, handle, prompts, schedule, chosen, options, run)
+        after = evaluate_split(model, prompts, chosen)
     run.write("evaluation.json", {"before": before, "after": after})
     model.save_pretrained(run.model)
     tokenizer.save_pretrained(run.model)
@@ -169,26 +173,26 @@ def _known(model: PreTrainedModel, prompts: PromptFormat, split: Split, least: f
     return check_split(Split(*parts))
 
 
+def _schedule(prompts: PromptFormat, split: Split, options: UnlearnOptions) -> Schedule:
+    forget_batch = options.forget_batch or len(split.forget)
+    retain_batch = options.retain_batch or min(forget_batch, len(split.retain))
+    parts = []
+    for name, number, facts in (("forget", forget_batch, split.forget), ("retain", retain_batch, split.retain)):
+        if number > len(facts):
+            raise ValueError(f"{name}_batch={number} is more than the {len(facts)} {name} facts; ask for fewer")
+        parts.append((prompts.encode_facts(facts), number, name == "forget"))
+    return Schedule(parts, options.max_steps * options.accumulate, options.seed)
+
+
 def _train(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    handle: sk.PatchHandle,
     prompts: PromptFormat,
+    schedule: Schedule,
     split: Split,
     options: UnlearnOptions,
     run: Run,
 ) -> None:
-    forget_batch = options.forget_batch or len(split.forget)
-    retain_batch = options.retain_batch or min(forget_batch, len(split.retain))
-    for name, number, facts in (("forget", forget_batch, split.forget), ("retain", retain_batch, split.retain)):
-        if number > len(facts):
-            raise ValueError(
-                f"{name}_batch={number} is more than the {len(facts)} facts of the {name} set; ask for fewer"
-            )
-    parts = [
-        (prompts.encode_facts(split.forget), forget_batch, True),
-        (prompts.encode_facts(split.retain), retain_batch, False),
-    ]
-    schedule = Schedule(parts, options.max_steps * options.accumulate, options.seed)
     threshold = options.threshold
     if threshold is None:
         threshold = CHOICE_THRESHOLD if all_have_options(split.forget) else ROUGE_THRESHOLD
@@ -208,7 +212,7 @@ def _train(
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     run.truncate_metrics(done)
     last = run.last_metrics()
-    with job(f"unlearn ({options.method})", options.max_steps) as bar, sk.patch(model, scope="all") as handle:
+    with job(f"unlearn ({options.method})", options.max_steps) as bar:
         bar.advance(done)
 
         def write(line: dict) -> None:

@@ -129,6 +129,12 @@ def test_a_batch_larger_than_its_set(options, tmp_path, value):
         unlearn(replace(options, **{value: 99}), tmp_path / "run")
 
 
+def test_a_refused_model_leaves_no_folder(options, tmp_path):
+    with pytest.raises(ValueError, match=r"could not be loaded|holds no model"):
+        unlearn(replace(options, model=str(tmp_path)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_existing_folder_is_refused(options, tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match="exists; choose another"):
