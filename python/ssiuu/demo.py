@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,17 +27,17 @@ METHODS = ("gd", "ssiuu")
 # answers probabilities near 1e-4, and each further one costs tokens in every step. The geometric mean probability as
 # target, and the share: see "The demonstration" in the README.
 SHOTS = 1
-CANDIDATE_PEOPLE, MIN_PROBABILITY = 48, 0.15
-FORGET_PEOPLE, FACTS_A_PERSON, RETAIN_PEOPLE, RETAIN_FACTS, TEST_FACTS = 6, 2, 10, 24, 24
+CANDIDATE_PEOPLE, MIN_PROBABILITY = 60, 0.15
+FORGET_PEOPLE, FACTS_A_PERSON, RETAIN_PEOPLE, RETAIN_FACTS, TEST_FACTS = 9, 1, 16, 24, 24
 OPTIONS = UnlearnOptions(
     shots=SHOTS,
-    learning_rate=1e-5,
+    learning_rate=2e-5,
     penalty_weight=1e3,
     penalty_share=0.25,
     target="geometric_mean_prob",
     max_steps=30,
-    retain_batch=12,
-    evaluation_facts=12,
+    retain_batch=9,
+    evaluation_facts=6,
 )
 ATTACKS = (
     Attack("harmful", 0.3, 1e-5, steps=10, batch_size=4, evaluate_every=2),
@@ -104,7 +105,10 @@ def _split(out: Path, model: str, shots: int, seed: int) -> Split:
 
 
 def choose_known(known: list[Fact]) -> Split:
-    """Forget the people of whom most is known, a few facts each; keep the next; the rest is the test set.
+    """Forget the people of whom most is known, some facts each; keep the next; the rest is the test set.
+
+    Facts whose answer is that of another known fact are passed over in the forget set: to forget that one man was born
+    in Germany while learning that another was says little of either.
 
     Args:
         known: facts that the model answers, surest first.
@@ -112,16 +116,18 @@ def choose_known(known: list[Fact]) -> Split:
     Raises:
         ValueError: too few people.
     """
-    people = sorted(by_subject(known).values(), key=len, reverse=True)
-    if len(people) < FORGET_PEOPLE + RETAIN_PEOPLE + 1:
+    times = Counter(fact.answer for fact in known)
+    people = {name: [f for f in facts if times[f.answer] == 1] for name, facts in by_subject(known).items()}
+    names = sorted(people, key=lambda name: len(people[name]), reverse=True)
+    if len(names) < FORGET_PEOPLE + RETAIN_PEOPLE + 1 or len(people[names[FORGET_PEOPLE - 1]]) < FACTS_A_PERSON:
         raise ValueError(
-            f"the model knows facts about {len(people)} of the people tried; the demonstration needs "
-            f"{FORGET_PEOPLE + RETAIN_PEOPLE + 1}: use a model that knows more"
+            f"the model knows too few facts ({len(known)} about {len(names)} people) for the demonstration; "
+            "use a model that knows more"
         )
-    forget = [fact for facts in people[:FORGET_PEOPLE] for fact in facts[:FACTS_A_PERSON]]
-    cut = FORGET_PEOPLE + RETAIN_PEOPLE
-    retain = [fact for facts in people[FORGET_PEOPLE:cut] for fact in facts][:RETAIN_FACTS]
-    test = [fact for facts in people[cut:] for fact in facts][:TEST_FACTS]
+    forget = [fact for name in names[:FORGET_PEOPLE] for fact in people[name][:FACTS_A_PERSON]]
+    kept = set(names[FORGET_PEOPLE : FORGET_PEOPLE + RETAIN_PEOPLE])
+    retain = [fact for fact in known if fact.subject in kept][:RETAIN_FACTS]
+    test = [fact for fact in known if fact.subject in names[FORGET_PEOPLE + RETAIN_PEOPLE :]][:TEST_FACTS]
     return check_split(Split(forget, retain, test))
 
 

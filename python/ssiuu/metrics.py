@@ -36,7 +36,8 @@ class FactScores(NamedTuple):
 
     def means(self) -> dict[str, float]:
         """{"score", "probability", "margin"} over the facts; no margin where there are no options."""
-        found = {name: getattr(self, name).mean().item() for name in self._fields}
+        # In double, 4 of 12 is the very number 1/3 to which thresholds are compared.
+        found = {name: getattr(self, name).double().mean().item() for name in self._fields}
         return found if found["margin"] == found["margin"] else {k: v for k, v in found.items() if k != "margin"}
 
 
