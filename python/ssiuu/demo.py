@@ -27,7 +27,7 @@ METHODS = ("gd", "ssiuu")
 # answers probabilities near 1e-4, and each further one costs tokens in every step. The geometric mean probability as
 # target, and the share: see "The demonstration" in the README.
 SHOTS = 1
-CANDIDATE_PEOPLE, MIN_PROBABILITY = 60, 0.15
+CANDIDATE_PEOPLE, MIN_PROBABILITY, CERTAIN = 60, 0.15, 0.8
 FORGET_PEOPLE, FACTS_A_PERSON, RETAIN_PEOPLE, RETAIN_FACTS, TEST_FACTS = 9, 1, 16, 24, 24
 OPTIONS = UnlearnOptions(
     shots=SHOTS,
@@ -101,23 +101,28 @@ def _split(out: Path, model: str, shots: int, seed: int) -> Split:
     net, tokenizer = load_model(model)
     with job("find known facts", len(facts)) as bar:
         scores = score_facts(net, PromptFormat(tokenizer, shots), facts, progress=bar.advance)
-    return choose_known(known_facts(scores, facts, MIN_PROBABILITY))
+    return choose_known(known_facts(scores, facts, MIN_PROBABILITY), known_facts(scores, facts, CERTAIN))
 
 
-def choose_known(known: list[Fact]) -> Split:
+def choose_known(known: list[Fact], certain: list[Fact]) -> Split:
     """Forget the people of whom most is known, some facts each; keep the next; the rest is the test set.
 
-    Facts whose answer is that of another known fact are passed over in the forget set: to forget that one man was born
-    in Germany while learning that another was says little of either.
+    Two kinds of facts are passed over in the forget set. Those whose answer is that of another known fact: to forget
+    that one man was born in Germany while learning that another was says little of either. And the certain ones: the
+    gradient of log P vanishes as P nears 1, so that they take more steps than there is time for.
 
     Args:
         known: facts that the model answers, surest first.
+        certain: those of them that it answers with a probability near 1.
 
     Raises:
         ValueError: too few people.
     """
     times = Counter(fact.answer for fact in known)
-    people = {name: [f for f in facts if times[f.answer] == 1] for name, facts in by_subject(known).items()}
+    people = {
+        name: [fact for fact in facts if times[fact.answer] == 1 and fact not in certain]
+        for name, facts in by_subject(known).items()
+    }
     names = sorted(people, key=lambda name: len(people[name]), reverse=True)
     if len(names) < FORGET_PEOPLE + RETAIN_PEOPLE + 1 or len(people[names[FORGET_PEOPLE - 1]]) < FACTS_A_PERSON:
         raise ValueError(

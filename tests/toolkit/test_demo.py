@@ -19,15 +19,21 @@ def people(count, facts_each=3):
 
 
 def test_no_person_and_no_answer_of_the_forget_set_is_kept():
-    split = choose_known(people(40))
+    split = choose_known(people(40), [])
     assert len(split.forget) == demo.FORGET_PEOPLE * demo.FACTS_A_PERSON
     assert not {f.subject for f in split.forget} & {f.subject for f in (*split.retain, *split.test)}
     assert not {f.answer for f in split.forget} & {f.answer for f in (*split.retain, *split.test)}
 
 
+def test_certain_facts_are_not_forgotten():
+    known = people(40)
+    certain = [fact for fact in known if fact.question.startswith("q1")]
+    assert all(fact.question.startswith("q2") for fact in choose_known(known, certain).forget)
+
+
 def test_too_few_people():
     with pytest.raises(ValueError, match="knows too few facts"):
-        choose_known(people(20))
+        choose_known(people(20), [])
 
 
 def test_another_folder_is_refused(tmp_path):
@@ -40,7 +46,7 @@ def test_another_folder_is_refused(tmp_path):
 def tiny_demo(model_dir, tmp_path, monkeypatch):
     """Runs the demonstration on a tiny model, which is taken to know whatever it is asked."""
     monkeypatch.setattr(demo, "CANDIDATE_PEOPLE", 40)
-    monkeypatch.setattr(demo, "known_facts", lambda scores, facts, least: facts)
+    monkeypatch.setattr(demo, "known_facts", lambda scores, facts, least: facts if least < 0.5 else [])
     options = replace(OPTIONS, max_steps=2, save_every=0)
     return lambda: run_demo(tmp_path / "demo", model=str(model_dir), options=options)
 
