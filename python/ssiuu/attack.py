@@ -144,7 +144,8 @@ def _attack(model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact
         scores = evaluate_sets(model, prompts, forget, [])
         if unseen:
             other = evaluate_sets(model, prompts, unseen, [])
-            scores |= {"unseen_fs": other["fs"], "unseen_probability": other["forget_probability"]}
+            scores |= {name.replace("forget", "unseen"): value for name, value in other.items() if name != "fs"}
+            scores["unseen_fs"] = other["fs"]
         return scores
 
     steps = [{"step": 0, **evaluate(model)}]

@@ -31,7 +31,7 @@ CANDIDATE_PEOPLE, MIN_PROBABILITY, CERTAIN = 60, 0.15, 0.8
 FORGET_PEOPLE, FACTS_A_PERSON, RETAIN_PEOPLE, RETAIN_FACTS, TEST_FACTS = 9, 1, 16, 24, 24
 OPTIONS = UnlearnOptions(
     shots=SHOTS,
-    learning_rate=2e-5,
+    learning_rate=1e-5,
     penalty_weight=1e3,
     penalty_share=0.25,
     target="geometric_mean_prob",
@@ -40,8 +40,8 @@ OPTIONS = UnlearnOptions(
     evaluation_facts=6,
 )
 ATTACKS = (
-    Attack("harmful", 0.3, 1e-5, steps=10, batch_size=4, evaluate_every=2),
-    Attack("benign", None, 1e-5, steps=10, batch_size=4, evaluate_every=5),
+    Attack("harmful", 0.3, 1e-5, steps=15, batch_size=4, evaluate_every=3),
+    Attack("benign", None, 1e-5, steps=15, batch_size=4, evaluate_every=5),
 )
 # In P(answer) itself, as in the paper, an unlearned model's attributions vanish with P; its logarithm keeps them.
 DIAGNOSIS_TARGET = "log_prob"

@@ -75,20 +75,25 @@ def _influence_bars(ax: Axes, records: Sequence[RunRecord]) -> None:
 
 
 def _recovery(ax: Axes, records: Sequence[RunRecord], kind: str) -> None:
-    name = _unseen_probability(records, kind)
+    # The margin first: it still moves where probabilities of 1e-5 and of 1e-7 look the same.
+    name = _first_logged(records, kind, "unseen_margin", "forget_margin", "unseen_probability", "forget_probability")
+    margin = name.endswith("margin")
     for record in records:
         ax.plot(*mean_curve(record.attacks_of(kind), name), **line_of(record))
-    _mark_before(ax, records, "forget_probability")
+    _mark_before(ax, records, "forget_margin" if margin else "forget_probability")
     ax.set_title(f"Recovery, {kind} attack")
-    ax.set_xlabel("attack step" if name == "forget_probability" else "attack step (unseen facts)")
-    ax.set_ylabel("mean P(forgotten answer)")
-    from_zero(ax)
+    ax.set_xlabel("attack step (unseen facts)" if name.startswith("unseen") else "attack step")
+    ax.set_ylabel("margin of the forgotten answer" if margin else "mean P(forgotten answer)")
+    if margin:
+        ax.axhline(0, color=FAINT, linewidth=1.2)  # above, the model chooses the forgotten answer again
+    else:
+        from_zero(ax)
 
 
-def _unseen_probability(records: Sequence[RunRecord], kind: str) -> str:
-    """Where attacks of a kind log the facts that they do not train on: a benign attack trains on none."""
-    steps = (step for record in records for attack in record.attacks_of(kind) for step in attack["steps"])
-    return "unseen_probability" if any("unseen_probability" in step for step in steps) else "forget_probability"
+def _first_logged(records: Sequence[RunRecord], kind: str, *names: str) -> str:
+    """The first of these that attacks of a kind log: a benign attack has no unseen facts, free text has no margin."""
+    steps = [step for record in records for attack in record.attacks_of(kind) for step in attack["steps"]]
+    return next((name for name in names if any(name in step for step in steps)), names[-1])
 
 
 def _mark_before(ax: Axes, records: Sequence[RunRecord], name: str) -> None:
@@ -174,7 +179,7 @@ def attack_curves(records: Sequence[RunRecord]) -> Figure | None:
         return None
     figure, axes = new_figure(2, len(groups), (10, 5.6), sharex="col", sharey="row")
     for column, ((kind, fraction), title) in zip(axes.T, groups.items(), strict=True):
-        shown = _unseen_probability(records, kind)
+        shown = _first_logged(records, kind, "unseen_probability", "forget_probability")
         for ax, name, before in zip(column, ("fs", shown), ("fs", "forget_probability"), strict=True):
             for record in records:
                 attacks = record.attacks_of(kind, fraction)

@@ -70,10 +70,11 @@ def _write_attacks(path, strength):
                     "step": step,
                     "fs": 0.33 + 0.5 * grown,
                     "forget_probability": 0.02 + 0.3 * grown,
-                    "margin": 1.0,
+                    "forget_margin": 4 * grown - 3,
                 }
                 if kind == "harmful":
                     values |= {"unseen_fs": 0.3 + 0.3 * grown, "unseen_probability": 0.02 + 0.2 * grown}
+                    values["unseen_margin"] = 4 * grown - 3
                 steps.append(values)
             attack = {"kind": kind, "fraction": fraction, "learning_rate": rate, "seed": 0, "steps": steps,
                       "max_fs": max(step["fs"] for step in steps), "seconds": 12.0}  # fmt: skip
