@@ -165,11 +165,10 @@ def _evaluated(run: Run) -> bool:
 
 def _known(model: PreTrainedModel, prompts: PromptFormat, split: Split, least: float) -> Split:
     parts = []
-    for facts in split:
-        with job("find known facts", len(facts)) as bar:
-            parts.append(
-                known_facts(score_facts(model, prompts, facts, progress=bar.advance), facts, least) if facts else []
-            )
+    with job("find known facts", sum(map(len, split))) as bar:
+        for facts in split:
+            scores = score_facts(model, prompts, facts, progress=bar.advance) if facts else None
+            parts.append(known_facts(scores, facts, least) if facts else [])
     return check_split(Split(*parts))
 
 

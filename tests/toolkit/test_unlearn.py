@@ -129,6 +129,12 @@ def test_a_batch_larger_than_its_set(options, tmp_path, value):
         unlearn(replace(options, **{value: 99}), tmp_path / "run")
 
 
+def test_a_model_that_knows_none_of_the_facts(options, tmp_path):
+    with pytest.raises(ValueError, match="the forget set is empty"):
+        unlearn(replace(options, known_probability=1.0), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_refused_model_leaves_no_folder(options, tmp_path):
     with pytest.raises(ValueError, match=r"could not be loaded|holds no model"):
         unlearn(replace(options, model=str(tmp_path)), tmp_path / "run")
