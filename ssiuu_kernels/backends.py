@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the registry of kernels, and the choice among them.
 
 Every op folder registers one kernel per backend. A kernel says, for the tensors at hand, why it cannot run; naming a
-backend that cannot run raises with that reason, and `auto` takes the first of `AUTO_ORDER` that can.
+backend that cannot run raises with that reason, and `auto` takes the first of the device's `AUTO_ORDER` that can.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import NamedTuple
 import torch
 
 BACKENDS = ("reference", "native", "triton")
-AUTO_ORDER = ("native", "triton", "reference")
+# By device type. On a GPU no order has been measured yet; Triton's compiler is the one with more users.
+AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+OTHER_DEVICES = ("reference",)
+MIN_CAPABILITY = (8, 0)
 ENVIRONMENT_VARIABLE = "SSIUU_BACKEND"
 
 
@@ -66,17 +69,34 @@ def _native_availability() -> Availability:
     return Availability(True, f"CPU kernels for {info['cpu_isa']}; CUDA kernels {cuda}")
 
 
+def triton_interprets() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors: for tests, hundreds of times slower."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_availability() -> Availability:
+    if importlib.util.find_spec("triton") is None:
+        return Availability(False, "triton is not installed: `pip install triton`")
+    if triton_interprets():
+        return Availability(True, "Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1): for tests, very slow")
+    if not torch.cuda.is_available():
+        return Availability(False, "torch sees no GPU")
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return Availability(False, "compute capability {}.{}; 8.0 or higher is needed".format(*capability))
+    return Availability(True, f"Triton kernels on {torch.cuda.get_device_name()}")
+
+
 def available_backends() -> dict[str, Availability]:
     """Every backend with whether it can run on this machine, and the reason.
 
     Returns:
         `{"reference": ..., "native": ..., "triton": ...}`, each an `Availability(ok, reason)`.
     """
-    has_triton = any(backend == "triton" for _, backend in _kernels)
     return {
         "reference": Availability(True, "plain PyTorch, the definition of each op"),
         "native": _native_availability(),
-        "triton": Availability(has_triton, "registered" if has_triton else "this version has no Triton kernels"),
+        "triton": _triton_availability(),
     }
 
 
@@ -114,7 +134,8 @@ def select(op: str, backend: str, *tensors: torch.Tensor | None) -> Callable:
         if reason is not None:
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}; use backend='auto'")
         return _kernels[op, backend].run
-    for candidate in AUTO_ORDER:
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    for candidate in AUTO_ORDER.get(device, OTHER_DEVICES):
         if _why_not(op, candidate, tensors) is None:
             return _kernels[op, candidate].run
     raise AssertionError(f"{op} has no reference kernel")

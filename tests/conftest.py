@@ -1,7 +1,13 @@
 """Fresh random inputs for every test, and outputs that start as NaN."""
 
+import os
+
 import pytest
 import torch
+
+# Read by triton when it is first imported: without a GPU its kernels are interpreted, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Tiny tensors gain nothing from a second thread, and lose much where the cores are busy.
 torch.set_num_threads(1)
@@ -20,6 +26,14 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    """Tests marked `gpu` make their tensors on the GPU."""
+    torch.set_default_device("cuda" if request.node.get_closest_marker("gpu") else "cpu")
+    yield
+    torch.set_default_device("cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,11 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2)
 
 
+def dense_rows(tensor: Tensor) -> Tensor:
+    """`tensor` `[T, D]` with neighbouring columns next to each other; only rows may be strided."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
 def make_segments(tensor: Tensor, segments: Tensor | None) -> Tensor:
     """The rows of each sample, int32 `[B, 2]` (start, end) on `tensor`'s device.
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...backends import native_module
 from ..activations import CODES
-from ..native_support import DTYPE_CODES, dense_rows
+from ..checks import dense_rows
+from ..native_support import DTYPE_CODES
 from ..results import absent
 
 

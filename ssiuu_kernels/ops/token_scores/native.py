@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...backends import native_module
-from ..native_support import DTYPE_CODES, dense_rows
+from ..checks import dense_rows
+from ..native_support import DTYPE_CODES
 
 
 def token_scores(z: Tensor, grad_z: Tensor, segments: Tensor) -> Tensor:
