@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for Ampere and Hopper, without a GPU, into the code that is expected of it.
 
-`registers/triton.json` holds the table that the test prints (`pytest -s -k compile`). A change that moves it rewrites it
-on purpose: `python -m tests.kernels.triton_compiled > tests/kernels/registers/triton.json`.
+`registers/triton.json` holds the table that the test prints (`pytest -s -k compile`). A change that moves it rewrites
+it on purpose: `python -m tests.kernels.triton_compiled > tests/kernels/registers/triton.json`.
 """
 
 import json
