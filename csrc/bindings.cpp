@@ -21,40 +21,42 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-ssiuu::GluForwardParams glu_forward_params(int dtype, int activation, int64_t rows, int64_t cols, Address gate,
-                                           int64_t gate_stride, Address up, int64_t up_stride, Address h,
-                                           int64_t h_stride) {
-  return {
-      DType(dtype), Activation(activation), rows, cols, pointer(gate), gate_stride, pointer(up), up_stride, pointer(h),
-      h_stride};
+ssiuu::HiddenForwardParams hidden_forward_params(int dtype, int activation, int64_t rows, int64_t cols, Address x,
+                                                 int64_t x_stride, Address up, int64_t up_stride, Address h,
+                                                 int64_t h_stride) {
+  return {DType(dtype), Activation(activation), rows, cols, pointer(x), x_stride, pointer(up), up_stride, pointer(h),
+          h_stride};
 }
 
-ssiuu::GluBackwardParams glu_backward_params(int dtype, int activation, int64_t rows, int64_t cols, Address gate,
-                                             int64_t gate_stride, Address up, int64_t up_stride, Address grad_h,
-                                             int64_t grad_h_stride, Address grad_gate, int64_t grad_gate_stride,
-                                             Address grad_up, int64_t grad_up_stride, Address h, int64_t h_stride,
-                                             Address segments, int64_t num_segments, Address h_scores,
-                                             Address gate_scores) {
+ssiuu::HiddenBackwardParams hidden_backward_params(int dtype, int activation, int64_t rows, int64_t cols, Address x,
+                                                   int64_t x_stride, Address up, int64_t up_stride, Address grad_h,
+                                                   int64_t grad_h_stride, Address grad_x, int64_t grad_x_stride,
+                                                   Address grad_up, int64_t grad_up_stride, Address h, int64_t h_stride,
+                                                   Address segments, int64_t num_segments, int64_t longest,
+                                                   Address h_scores, Address x_scores, Address weight, Address ratio,
+                                                   Address bank, Address bank_rows) {
   return {DType(dtype),
           Activation(activation),
           rows,
           cols,
-          pointer(gate),
-          gate_stride,
+          pointer(x),
+          x_stride,
           pointer(up),
           up_stride,
           pointer(grad_h),
           grad_h_stride,
-          pointer(grad_gate),
-          grad_gate_stride,
+          pointer(grad_x),
+          grad_x_stride,
           pointer(grad_up),
           grad_up_stride,
           pointer(h),
           h_stride,
           pointer<Segment>(segments),
           num_segments,
+          longest,
           pointer<float>(h_scores),
-          pointer<float>(gate_scores)};
+          pointer<float>(x_scores),
+          {pointer<float>(weight), pointer<float>(ratio), pointer<float>(bank), pointer<int64_t>(bank_rows)}};
 }
 
 ssiuu::TokenScoresParams token_scores_params(int dtype, int64_t rows, int64_t cols, Address z, int64_t z_stride,
@@ -182,12 +184,12 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU and CUDA kernels of ssiuu_kernels on raw pointers; use ssiuu_kernels.ops.";
-  define_op(m, "glu_forward", &ssiuu::cpu::glu_forward, SSIUU_CUDA_LAUNCH(glu_forward), &glu_forward_params, "dtype",
-            "activation", "rows", "cols", "gate", "gate_stride", "up", "up_stride", "h", "h_stride");
-  define_op(m, "glu_backward", &ssiuu::cpu::glu_backward, SSIUU_CUDA_LAUNCH(glu_backward), &glu_backward_params,
-            "dtype", "activation", "rows", "cols", "gate", "gate_stride", "up", "up_stride", "grad_h", "grad_h_stride",
-            "grad_gate", "grad_gate_stride", "grad_up", "grad_up_stride", "h", "h_stride", "segments", "num_segments",
-            "h_scores", "gate_scores");
+  define_op(m, "hidden_forward", &ssiuu::cpu::hidden_forward, SSIUU_CUDA_LAUNCH(hidden_forward), &hidden_forward_params,
+            "dtype", "activation", "rows", "cols", "x", "x_stride", "up", "up_stride", "h", "h_stride");
+  define_op(m, "hidden_backward", &ssiuu::cpu::hidden_backward, SSIUU_CUDA_LAUNCH(hidden_backward),
+            &hidden_backward_params, "dtype", "activation", "rows", "cols", "x", "x_stride", "up", "up_stride",
+            "grad_h", "grad_h_stride", "grad_x", "grad_x_stride", "grad_up", "grad_up_stride", "h", "h_stride",
+            "segments", "num_segments", "longest", "h_scores", "x_scores", "weight", "ratio", "bank", "bank_rows");
   define_op(m, "token_scores", &ssiuu::cpu::token_scores, SSIUU_CUDA_LAUNCH(token_scores), &token_scores_params,
             "dtype", "rows", "cols", "z", "z_stride", "grad_z", "grad_z_stride", "segments", "num_segments", "scores");
   define_op(m, "penalty", &ssiuu::cpu::penalty, SSIUU_CUDA_LAUNCH(penalty), &penalty_params, "param_dtype",
@@ -198,8 +200,8 @@ PYBIND11_MODULE(_native, m) {
             "exp_avg", "exp_avg_sq", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "weight", "stats");
 
 #if defined(SSIUU_WITH_CUDA)
-  m.def("glu_backward_workspace_bytes", &ssiuu::cuda::glu_backward_workspace_bytes, py::arg("rows"), py::arg("cols"),
-        py::arg("num_segments"));
+  m.def("hidden_backward_workspace_bytes", &ssiuu::cuda::hidden_backward_workspace_bytes, py::arg("rows"),
+        py::arg("cols"), py::arg("num_segments"), py::arg("scores"));
   m.def("token_scores_workspace_bytes", &ssiuu::cuda::token_scores_workspace_bytes, py::arg("rows"), py::arg("cols"),
         py::arg("num_segments"));
   m.def("penalty_workspace_bytes", &ssiuu::cuda::penalty_workspace_bytes, py::arg("n"));

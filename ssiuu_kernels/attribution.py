@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from .log_probs import answer_lengths, check_target, sequence_log_probs, target_factor
 from .ops import NeuronScores
 from .recording import RecordedOutput, Recorder
+from .structure import Mlp
 
 
 def attribute(
     model: nn.Module,
-    mlps: Mapping[str, nn.Module],
+    mlps: Mapping[str, Mlp],
     outputs: Mapping[tuple[str, str], nn.Module],
     batch: Mapping[str, Tensor],
     target: str,
@@ -24,7 +25,7 @@ def attribute(
     """Per-sample attribution statistics; see `PatchHandle.attribute`.
 
     Args:
-        mlps: the patched MLPs by name; they record "h" and "gate".
+        mlps: the patched MLPs by name; they record "h", and "gate" or "up".
         outputs: (module name, kind) -> the projection whose output is recorded.
     """
     check_target(target)
@@ -34,8 +35,8 @@ def attribute(
     recorder = Recorder(mask_segments(torch.ones_like(input_ids) if mask is None else mask), backend)
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(_data_gradients_only(model))
-        for name, mlp in mlps.items():
-            stack.enter_context(_recording(mlp, recorder, name))
+        for mlp in mlps.values():
+            stack.enter_context(_recording(mlp, recorder))
         for (name, kind), module in outputs.items():
             handle = module.register_forward_hook(
                 lambda _module, _args, z, name=name, kind=kind: RecordedOutput.apply(z, recorder, name, kind)
@@ -75,12 +76,13 @@ def mask_segments(attention_mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def _recording(mlp: nn.Module, recorder: Recorder, name: str) -> Iterator[None]:
-    mlp._ssiuu.recorder, mlp._ssiuu.name = recorder, name
+def _recording(mlp: Mlp, recorder: Recorder) -> Iterator[None]:
+    state = mlp.patched._ssiuu
+    before, state.observer = state.observer, recorder
     try:
         yield
     finally:
-        mlp._ssiuu.recorder = None
+        state.observer = before
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def _native_availability() -> Availability:
         return Availability(
             False, f"built for {info['cpu_isa']}, which this CPU lacks: rebuild with SSIUU_CPU_ARCH=x86-64-v2"
         )
-    cuda = f"compiled for {info['cuda_archs']} but not called yet" if info["cuda"] else "not built"
+    cuda = f"for {info['cuda_archs']}" if info["cuda"] else "not built"
     return Availability(True, f"CPU kernels for {info['cpu_isa']}; CUDA kernels {cuda}")
 
 

@@ -9,82 +9,110 @@ from types import MethodType
 from torch import Tensor, nn
 
 from . import attribution, backends, loss
+from .hidden import FORMS, ObservedHidden, Observer
+from .neuron_level import NeuronLevel
 from .objectives import Objective
-from .ops import NeuronScores, glu_forward
-from .recording import RecordedGlu, Recorder
-from .structure import ATTENTION, UnsupportedModuleError, attentions, gated_activation, gated_mlps
+from .ops import NeuronScores
+from .structure import Mlp, attention_outputs, find_mlps
 
 logger = logging.getLogger(__name__)
 SCOPES = ("mlp", "all")
+LEVELS = ("parameter", "neuron")
 
 
 class _PatchState:
     """What the patched forward of one MLP needs; kept on the module, so that a deep copy of the model works too."""
 
-    def __init__(self, activation: str, backend: str):
-        self.activation, self.backend = activation, backend
-        self.recorder: Recorder | None = None  # set by `attribute` for the length of one pass
-        self.name = ""
+    def __init__(self, name: str, mlp: Mlp, backend: str, observer: Observer | None):
+        self.name, self.form = name, FORMS[mlp.form]
+        self.options = {"activation": mlp.activation, "backend": backend}
+        self.observer = observer  # `attribute` puts a recorder here for the length of one pass
+
+    def hidden(self, *inputs: Tensor) -> Tensor:
+        if self.observer is None:
+            return self.form.forward(*inputs, **self.options)
+        return ObservedHidden.apply(self.observer, self.name, self.form, self.options, *inputs)
 
 
-def _gated_mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
-    # The projections are called as modules: their hooks, adapters and autocast rules stay in force.
-    state = self._ssiuu
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    if state.recorder is None:
-        h = glu_forward(gate, up, activation=state.activation, backend=state.backend)
-    else:
-        h = RecordedGlu.apply(gate, up, state.activation, state.recorder, state.name)
-    return self.down_proj(h)
+# The projections are called as modules: their hooks and autocast rules stay in force.
+def _gated_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return self.down_proj(self._ssiuu.hidden(self.gate_proj(x), self.up_proj(x)))
 
 
-def patch(model: nn.Module, *, scope: str = "mlp", backend: str = "auto", strict: bool = False) -> PatchHandle:
-    """Run the gated MLPs of this model instance on the kernels. Outputs, hooks and state_dict keys stay the same.
+def _packed_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return self.down_proj(self._ssiuu.hidden(self.gate_up_proj(x)))
 
-    Modules are recognised by their parts and by what they compute: `down_proj(act_fn(gate_proj(x)) * up_proj(x))`,
-    as in Llama, Mistral, Qwen2 and Qwen3.
+
+def _activation_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return self._ssiuu.hidden(x)
+
+
+_FORWARDS = {"gated": _gated_forward, "packed": _packed_forward, "ungated": _activation_forward}
+
+
+def patch(
+    model: nn.Module,
+    *,
+    scope: str = "mlp",
+    backend: str = "auto",
+    strict: bool = False,
+    level: str = "parameter",
+    penalty_weight: float | Tensor = 1e-3,
+    forget_samples: int | None = None,
+) -> PatchHandle:
+    """Run the MLPs of this model instance on the kernels. Outputs, hooks and state_dict keys stay the same.
+
+    Modules are recognised by their parts and by what they compute, never by their class: gated MLPs
+    `down(act(gate(x)) * up(x))` with separate projections (Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo2, Gemma) or
+    gate and up in one (Phi-3, GLM), and ungated ones `down(act(up(x)))` (GPT-2, GPT-NeoX, OPT, Phi, Falcon).
 
     Args:
         model: a Hugging Face causal language model.
-        scope: "mlp" attributes `h` and `gate`, and gives a `target_grad` to the patched MLPs' parameters; "all" adds
-            the outputs of Q, K, V, O and down, and gives it to every trainable parameter.
+        scope: "mlp" attributes `h` and `gate` (`h` and `up` of an ungated MLP), and gives a `target_grad` to the
+            patched MLPs' parameters; "all" adds the outputs of Q, K, V, O and down, and gives it to every trainable
+            parameter.
         backend: backend of the ops.
         strict: raise where a module has to be skipped.
+        level: "parameter" is Algorithm 1: `unlearning_loss` fills `target_grad`, and `SsiuuAdamW` or `SsiuuPenalty`
+            applies the penalty. "neuron" is Eq. 3 as it is written: the backward of `unlearning_loss` adds the
+            penalty's gradient to `grad`, and any optimizer follows.
+        penalty_weight: lambda of level "neuron".
+        forget_samples: size of the forget set, for level "neuron": the last attribution of each sample is kept.
 
     Returns:
         A handle, also a context manager that unpatches on exit.
 
     Raises:
-        ValueError: unknown scope or backend, a model already patched or without gated MLPs, or (strict) a skipped one.
+        ValueError: unknown scope, level or backend, a model already patched or without MLPs that the kernels can
+            serve, or (strict) a skipped one; level "neuron" without forget_samples.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} is unknown; expected one of {', '.join(SCOPES)}")
+    if level not in LEVELS:
+        raise ValueError(f"level={level!r} is unknown; expected one of {', '.join(LEVELS)}")
+    if level == "neuron" and forget_samples is None:
+        raise ValueError("level='neuron' keeps the last attribution of each forget sample; pass forget_samples")
     backends.check_backend(backend)
     if any(hasattr(module, "_ssiuu") for module in model.modules()):
         raise ValueError("model is already patched; call unpatch() on the handle of the first patch")
-    found: dict[str, tuple[nn.Module, str]] = {}
-    skipped: dict[str, str] = {}
-    for name, module in gated_mlps(model):
-        try:
-            found[name] = module, gated_activation(module)
-        except UnsupportedModuleError as reason:
-            skipped[name] = str(reason)
+    neurons = NeuronLevel(penalty_weight, forget_samples) if level == "neuron" else None
+    found, skipped = find_mlps(model)
     if not found or (strict and skipped):
         raise ValueError(_refusal(model, skipped))
-    for module, activation in found.values():
-        module._ssiuu = _PatchState(activation, backend)
-        module.forward = MethodType(_gated_mlp_forward, module)
+    for name, mlp in found.items():
+        mlp.patched._ssiuu = _PatchState(name, mlp, backend, neurons)
+        mlp.patched.forward = MethodType(_FORWARDS[mlp.form], mlp.patched)
     if skipped:
-        logger.warning("patched %d gated MLPs and skipped %d: see handle.skipped", len(found), len(skipped))
-    return PatchHandle(model, {name: module for name, (module, _) in found.items()}, skipped, scope, backend)
+        logger.warning("patched %d MLPs and skipped %d: see handle.skipped", len(found), len(skipped))
+    return PatchHandle(model, found, skipped, scope, backend, neurons)
 
 
 def _refusal(model: nn.Module, skipped: dict[str, str]) -> str:
     kind = type(model).__name__
     if not skipped:
-        return f"{kind} has no gated MLP (gate_proj, up_proj, down_proj); expected a Llama, Qwen or Mistral kind"
+        return f"{kind} has no MLP of a form that is known; see ssiuu_kernels.patch for those that are"
     name, reason = next(iter(skipped.items()))
-    return f"{kind}: {len(skipped)} gated MLPs cannot be patched, first {name}: {reason}"
+    return f"{kind}: {len(skipped)} MLPs cannot be patched, first {name}: {reason}"
 
 
 class PatchHandle:
@@ -94,16 +122,25 @@ class PatchHandle:
         patched: names of the patched modules.
         skipped: module name -> why it was left as it is.
         scope: "mlp" or "all".
+        neurons: banks and last value of the penalty on neurons; None at level "parameter".
     """
 
-    def __init__(self, model: nn.Module, mlps: dict[str, nn.Module], skipped: dict[str, str], scope: str, backend: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        mlps: dict[str, Mlp],
+        skipped: dict[str, str],
+        scope: str,
+        backend: str,
+        neurons: NeuronLevel | None,
+    ):
         self._model, self._mlps, self._backend = model, mlps, backend
-        self.patched, self.skipped, self.scope = list(mlps), skipped, scope
+        self.patched, self.skipped, self.scope, self.neurons = list(mlps), skipped, scope, neurons
 
     def unpatch(self) -> None:
         """Give the modules their own forward back. A second call does nothing."""
-        for module in self._mlps.values():
-            del module.forward, module._ssiuu
+        for mlp in self._mlps.values():
+            del mlp.patched.forward, mlp.patched._ssiuu
         self._mlps, self.patched = {}, []
 
     def __enter__(self) -> PatchHandle:
@@ -124,8 +161,9 @@ class PatchHandle:
             target: "prob" (the paper), "geometric_mean_prob" (`P^(1/T)`) or "log_prob".
 
         Returns:
-            module name -> kind -> `NeuronScores` float32 `[B, width]`. An MLP has "h" and "gate" (`up` needs none:
-            `up * dup = h * dh`), and in scope "all" "down"; an attention has "q", "k", "v" and "o".
+            module name -> kind -> `NeuronScores` float32 `[B, width]`. A gated MLP has "h" and "gate" (`up` needs
+            none: `up * dup = h * dh`), an ungated one "h" and "up", and in scope "all" either has "down"; an attention
+            has "q", "k", "v" and "o", or "qkv" and "o" where the three are one projection.
 
         Raises:
             ValueError: unknown target, labels without an answer token, a mask with holes, an unpatched handle.
@@ -140,11 +178,13 @@ class PatchHandle:
         forget: Tensor,
         objective: str | Objective = "gd",
         target: str | None = "prob",
+        sample_ids: Tensor | None = None,
     ) -> Tensor:
         """The loss of a backbone objective. Its backward fills `param.grad` with `dL`, and `param.target_grad` with
         `sum_b d target_b` over the forget samples; both accumulate. Multiplying the loss scales `dL` alone.
 
-        The two gradients come from two backwards through the graph of one forward.
+        The two gradients come from two backwards through the graph of one forward. At level "neuron" there is one
+        backward and no `target_grad`: it adds the penalty's gradient (Eq. 3) to `param.grad`.
 
         Args:
             logits: `[B, S, V]` of the model.
@@ -152,16 +192,20 @@ class PatchHandle:
             forget: bool `[B]`, true for forget samples.
             objective: "ga", "gd", or a callable (log_probs `[B]`, answer lengths `[B]`, forget `[B]`) -> scalar.
             target: as in `attribute`; None computes no `target_grad`, for a backbone without a penalty.
+            sample_ids: int64 `[B]`, for level "neuron": place of each sample in the forget set, each at most once in
+                a batch; what stands at retain samples is not read.
 
         Returns:
             Scalar loss. Run with gradient checkpointing in its non-reentrant form.
 
         Raises:
             ValueError: unknown objective or target, a mask that is empty or of another length, labels without an
-                answer token, an unpatched handle.
+                answer token, an unpatched handle, sample_ids missing or out of place.
         """
         self._check_patched()
-        return loss.unlearning_loss(logits, labels, forget, self._target_params(), objective, target)
+        if self.neurons is None:
+            return loss.unlearning_loss(logits, labels, forget, self._target_params(), objective, target)
+        return loss.neuron_level_loss(logits, labels, forget, self.neurons, sample_ids, objective, target)
 
     def _check_patched(self) -> None:
         if not self._mlps:
@@ -170,11 +214,10 @@ class PatchHandle:
     def _outputs(self) -> dict[tuple[str, str], nn.Module]:
         if self.scope == "mlp":
             return {}
-        outputs = {(name, "down"): mlp.down_proj for name, mlp in self._mlps.items()}
-        for name, module in attentions(self._model):
-            outputs |= {(name, kind): getattr(module, part) for kind, part in ATTENTION.items()}
-        return outputs
+        outputs = {(name, "down"): mlp.down for name, mlp in self._mlps.items()}
+        return outputs | {(name, kind): module for name, kind, module in attention_outputs(self._model)}
 
     def _target_params(self) -> list[nn.Parameter]:
-        modules = [self._model] if self.scope == "all" else self._mlps.values()
-        return [param for module in modules for param in module.parameters() if param.requires_grad]
+        mlps = (parameter for mlp in self._mlps.values() for parameter in mlp.parameters)
+        params = self._model.parameters() if self.scope == "all" else mlps
+        return [param for param in params if param.requires_grad]

@@ -16,11 +16,28 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
+// `shared_bytes` of shared memory beside the kernel's own, for `shared_memory`.
+template <class... Params, class... Args>
+void launch_with_shared_memory(void (*kernel)(Params...), int64_t blocks, dim3 threads, int64_t shared_bytes,
+                               cudaStream_t stream, Args... args) {
+  if (blocks == 0) return;
+  if (shared_bytes > 0) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream>>>(args...);
+  check(cudaGetLastError());
+}
+
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, dim3 threads, cudaStream_t stream, Args... args) {
-  if (blocks == 0) return;
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(args...);
-  check(cudaGetLastError());
+  launch_with_shared_memory(kernel, blocks, threads, 0, stream, args...);
+}
+
+// The block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+  extern __shared__ uint4 dynamic_shared_memory[];
+  return reinterpret_cast<T*>(dynamic_shared_memory);
 }
 
 // kVec consecutive elements, moved by as few instructions as there are 16-byte words in them.

@@ -1,18 +1,27 @@
-"""The ops. Each is one folder: public function and checks, reference (the definition), and one file per backend."""
+"""The ops: public function and checks, reference (the definition), and one file per backend."""
 
+from .act import act_backward, act_forward
 from .activations import ACTIVATIONS
-from .glu import glu_backward, glu_forward
+from .glu import glu_backward, glu_forward, packed_glu_backward, packed_glu_forward
+from .neuron_penalty import NeuronPenalty
 from .penalty import penalty_, penalty_adamw_
-from .results import GluGrads, NeuronScores, PenaltyStats
+from .results import ActGrads, GluGrads, NeuronScores, PackedGluGrads, PenaltyStats
 from .token_scores import token_scores
 
 __all__ = [
     "ACTIVATIONS",
+    "ActGrads",
     "GluGrads",
+    "NeuronPenalty",
     "NeuronScores",
+    "PackedGluGrads",
     "PenaltyStats",
+    "act_backward",
+    "act_forward",
     "glu_backward",
     "glu_forward",
+    "packed_glu_backward",
+    "packed_glu_forward",
     "penalty_",
     "penalty_adamw_",
     "token_scores",

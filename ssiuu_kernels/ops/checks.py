@@ -86,6 +86,11 @@ def make_segments(tensor: Tensor, segments: Tensor | None) -> Tensor:
     return segments.contiguous()
 
 
+def longest_sample(tensor: Tensor, segments: Tensor | None) -> int:
+    """Rows of a sample where sizes alone tell them; 0 with given segments, whose values may be on a GPU."""
+    return 0 if segments is not None else tensor.shape[-2]
+
+
 def check_segment_values(segments: Tensor, rows: int) -> None:
     """Segments lie within `rows`, run forward and do not overlap. On a GPU the values are trusted: no host read."""
     if segments.is_cuda:

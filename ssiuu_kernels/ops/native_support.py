@@ -39,18 +39,18 @@ def uses_cuda(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def call(op: str, like: Tensor, *arguments: float, workspace: tuple[int, ...]) -> None:
+def call(op: str, like: Tensor, *arguments: float, workspace: tuple[int, ...] | None = None) -> None:
     """Run the compiled kernel `op` where `like` is, on the current stream.
 
     Args:
         arguments: those of `_native.<op>_cpu`, in its order; pointers are integers, 0 where absent.
-        workspace: arguments of `_native.<op>_workspace_bytes`, which the CUDA kernel asks for.
+        workspace: arguments of `_native.<op>_workspace_bytes`; None where the CUDA kernel needs no workspace.
     """
     native = native_module()
     if not uses_cuda(like):
         getattr(native, f"{op}_cpu")(*arguments)
         return
-    size = getattr(native, f"{op}_workspace_bytes")(*workspace)
+    size = 0 if workspace is None else getattr(native, f"{op}_workspace_bytes")(*workspace)
     buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
     # The launch goes to the current device, which need not be the tensors'.
     with torch.cuda.device(like.device if like.is_cuda else -1):

@@ -38,6 +38,36 @@ class GluGrads(NamedTuple):
     gate_scores: NeuronScores | None
 
 
+class PackedGluGrads(NamedTuple):
+    """What `packed_glu_backward` returns; None where not asked for.
+
+    Attributes:
+        grad_gate_up: like gate_up, `[.., 2F]`.
+        h, h_scores, gate_scores: as in `GluGrads`.
+    """
+
+    grad_gate_up: Tensor
+    h: Tensor | None
+    h_scores: NeuronScores | None
+    gate_scores: NeuronScores | None
+
+
+class ActGrads(NamedTuple):
+    """What `act_backward` returns; None where not asked for.
+
+    Attributes:
+        grad_x: like x.
+        h: like x, `act(x)` formed again for the down projection's weight gradient.
+        h_scores: `NeuronScores` of `h * grad_h`.
+        x_scores: `NeuronScores` of `x * grad_x`.
+    """
+
+    grad_x: Tensor
+    h: Tensor | None
+    h_scores: NeuronScores | None
+    x_scores: NeuronScores | None
+
+
 class PenaltyStats(NamedTuple):
     """Statistics of one penalty step; each a float64 scalar tensor, so that nothing waits for the device.
 

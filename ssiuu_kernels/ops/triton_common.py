@@ -110,7 +110,7 @@ def split_rows(first, last, split, SPLITS: tl.constexpr):
     return tl.minimum(first + split * size, last), tl.minimum(first + (split + 1) * size, last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def finish_scores_kernel(
     partials,  # float32 [S, 3, B, D] max, min, sum of each split's rows
     segments,  # int32 [B, 2]
@@ -120,8 +120,8 @@ def finish_scores_kernel(
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    b = tl.program_id(1)
-    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b = tl.program_id(0)
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = col < cols
     plane = samples.to(tl.int64) * cols
     place = b.to(tl.int64) * cols + col
@@ -144,6 +144,6 @@ def finish_scores(partials: Tensor, segments: Tensor) -> Tensor:
     splits, _, samples, cols = partials.shape
     scores = torch.empty((3, samples, cols), dtype=torch.float32, device=partials.device)
     if scores.numel():
-        grid = (triton.cdiv(cols, 256), samples)
+        grid = (samples, triton.cdiv(cols, 256))
         finish_scores_kernel[grid](partials, segments, scores, samples, cols, SPLITS=splits, BLOCK_D=256, num_warps=2)
     return scores

@@ -13,19 +13,61 @@ SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+GPT2_SIZES = {
+    "vocab_size": 61, "n_embd": 32, "n_inner": 56, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
+    "eos_token_id": 2, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+}  # fmt: skip
+GEMMA_HEADS = {"sliding_window": 32, "head_dim": 8}
 FAMILIES = {
-    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
-    "qwen2": (transformers.Qwen2Config, {}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": None}),
+    "llama": (transformers.LlamaConfig, {**SIZES, "tie_word_embeddings": True}),
+    "qwen2": (transformers.Qwen2Config, SIZES),
+    "qwen3": (transformers.Qwen3Config, {**SIZES, "head_dim": 8}),
+    "mistral": (transformers.MistralConfig, {**SIZES, "sliding_window": None}),
+    "smollm3": (transformers.SmolLM3Config, SIZES),
+    "olmo2": (transformers.Olmo2Config, SIZES),
+    "gemma": (transformers.GemmaConfig, {**SIZES, "head_dim": 8}),
+    "gemma2": (transformers.Gemma2Config, {**SIZES, **GEMMA_HEADS, "attn_logit_softcapping": None}),
+    "gemma3": (transformers.Gemma3TextConfig, {**SIZES, **GEMMA_HEADS}),
+    "phi3": (transformers.Phi3Config, {**SIZES, "resid_pdrop": 0.0}),
+    "glm": (transformers.GlmConfig, {**SIZES, "head_dim": 8}),
+    "gpt2": (transformers.GPT2Config, GPT2_SIZES),
+    "gpt_neox": (transformers.GPTNeoXConfig, {**SIZES, "hidden_act": "gelu"}),
+    "opt": (
+        transformers.OPTConfig,
+        {**SIZES, "ffn_dim": 56, "word_embed_proj_dim": 32, "dropout": 0.0, "attention_dropout": 0.0},
+    ),
+    "phi": (transformers.PhiConfig, {**SIZES, "num_key_value_heads": 4}),
+    "falcon": (transformers.FalconConfig, {**SIZES, "ffn_hidden_size": 56}),
 }
+# transformers says no for the sake of its softcapping, which is off above.
+transformers.Gemma2ForCausalLM._supports_sdpa = transformers.Gemma2Model._supports_sdpa = True
+SEPARATE = {f"self_attn.{kind}_proj": kind for kind in "qkvo"}
+GATED = {"mlp.gate_proj": "gate", "mlp.up_proj": "h", "mlp.down_proj": "down"}  # up * dup = h * dh
+PACKED = {"mlp.gate_up_proj": ("gate", "h"), "mlp.down_proj": "down"}
+FC = {"fc1": "up", "activation_fn": "h", "fc2": "down"}
+DENSE = {"mlp.dense_h_to_4h": "up", "mlp.act": "h", "mlp.dense_4h_to_h": "down"}
+# Module within a layer -> the kind under which its output is attributed; two where the output is of two halves.
+PARTS = {
+    **dict.fromkeys(FAMILIES, SEPARATE | GATED),
+    "phi3": {"self_attn.qkv_proj": "qkv", "self_attn.o_proj": "o"} | PACKED,
+    "glm": SEPARATE | PACKED,
+    "gpt2": {
+        "attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.act": "h", "mlp.c_proj": "down"
+    },
+    "gpt_neox": {"attention.query_key_value": "qkv", "attention.dense": "o"} | DENSE,
+    "opt": {**SEPARATE, **FC, "self_attn.out_proj": "o"},
+    "phi": {**SEPARATE, "self_attn.dense": "o"} | {f"mlp.{part}": kind for part, kind in FC.items()},
+    "falcon": {"self_attention.query_key_value": "qkv", "self_attention.dense": "o"} | DENSE,
+}  # fmt: skip
 
 
 def tiny_model(family="llama", dtype=torch.float32):
     """A randomly initialised causal language model of two layers, in training mode."""
-    config_class, extra = FAMILIES[family]
-    config = config_class(**SIZES, **extra)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    config_class, options = FAMILIES[family]
+    config = config_class(**options)
+    # transformers' eager attention gives NaN for rows that are all padding in float64: its mask overflows the softmax.
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.train()
 
 
 def tiny_batch(padding="right", samples=4, length=11):

@@ -5,7 +5,7 @@ import torch
 
 import ssiuu_kernels as sk
 
-from .models import FAMILIES, logits_of, tiny_batch, tiny_model
+from .models import FAMILIES, PARTS, logits_of, tiny_batch, tiny_model
 
 TARGETS = {
     "prob": lambda s, length: s.exp(),
@@ -14,39 +14,39 @@ TARGETS = {
 }
 
 
-def captured_tensors(model):
-    """(name, kind) -> tensor with retained gradient, filled by the next forward; from hooks on an unpatched model."""
+def captured_tensors(model, family):
+    """(name, kinds) -> tensor with retained gradient, filled by the next forward; from hooks on an unpatched model."""
     tensors = {}
 
-    def keep(name, kind):
+    def keep(key):
         def hook(_module, _args, z):
             z.retain_grad()
-            tensors[name, kind] = z
+            tensors[key] = z
+            return z.clone()  # what Falcon then adds to in place is not z
 
         return hook
 
     for name, module in model.named_modules():
-        if name.endswith("mlp"):
-            module.gate_proj.register_forward_hook(keep(name, "gate"))
-            module.up_proj.register_forward_hook(keep(name, "h"))  # up * dup = h * dh
-            module.down_proj.register_forward_hook(keep(name, "down"))
-        if name.endswith("self_attn"):
-            for kind in "qkvo":
-                getattr(module, f"{kind}_proj").register_forward_hook(keep(name, kind))
+        for path, kinds in PARTS[family].items():
+            if name.endswith(f".{path}"):
+                owner = name.rpartition(".")[0]
+                module.register_forward_hook(keep((owner, kinds)))
     return tensors
 
 
-def brute_force(model, batch, target):
+def brute_force(model, family, batch, target):
     """(name, kind) -> `[B, S, width]` attributions, zero on padding, in float64."""
-    tensors, found = captured_tensors(model), {}
+    tensors, found = captured_tensors(model, family), {}
     for sample in range(len(batch["labels"])):
         one = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
         log_probs = sk.sequence_log_probs(logits_of(model, one), one["labels"])
         length = (one["labels"][:, 1:] != -100).sum(1)
         TARGETS[target](log_probs, length).sum().backward()
-        for key, z in tensors.items():
-            product = (z * z.grad)[0].detach()
-            found.setdefault(key, []).append(product[one["attention_mask"][0].bool()])
+        for (owner, kinds), z in tensors.items():
+            product = (z * z.grad).detach().reshape(-1, z.shape[-1])[one["attention_mask"][0].bool()]
+            halves = product.chunk(2, dim=-1) if isinstance(kinds, tuple) else [product]
+            for kind, half in zip(kinds if isinstance(kinds, tuple) else [kinds], halves, strict=True):
+                found.setdefault((owner, kind), []).append(half)
     return found
 
 
@@ -57,7 +57,7 @@ def test_equals_brute_force(family, padding, target):
     model, batch = tiny_model(family, torch.float64), tiny_batch(padding)
     with sk.patch(model, scope="all") as handle:
         found = handle.attribute(batch, target)
-    expected = brute_force(model, batch, target)
+    expected = brute_force(model, family, batch, target)
     assert {(name, kind) for name, kinds in found.items() for kind in kinds} == set(expected)
     for (name, kind), samples in expected.items():
         scores = found[name][kind]
@@ -72,7 +72,7 @@ def test_float32_on_native():
     model, batch = tiny_model(), tiny_batch()
     with sk.patch(model, scope="all", backend="native") as handle:
         found = handle.attribute(batch)
-    expected = brute_force(model.double(), batch, "prob")
+    expected = brute_force(model.double(), "llama", batch, "prob")
     for (name, kind), samples in expected.items():
         wanted = torch.stack([product.sum(0) for product in samples])
         actual = found[name][kind].sum

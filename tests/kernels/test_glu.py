@@ -123,6 +123,29 @@ def test_only_what_was_asked_for(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_equals_separate(backend):
+    gate_up, grad_h = torch.randn(3, 7, 46), torch.randn(3, 7, 23)
+    gate, up = gate_up.chunk(2, dim=-1)
+    options = {"segments": as_segments([(2, 9), (9, 21)]), "scores": True, "recompute_h": True, "backend": backend}
+    packed = sk.ops.packed_glu_backward(gate_up, grad_h, **options)
+    separate = sk.ops.glu_backward(gate, up, grad_h, **options)
+    assert torch.equal(packed.grad_gate_up, torch.cat([separate.grad_gate, separate.grad_up], dim=-1))
+    assert torch.equal(packed.h, separate.h)
+    assert torch.equal(torch.stack(packed.h_scores), torch.stack(separate.h_scores))
+    assert torch.equal(torch.stack(packed.gate_scores), torch.stack(separate.gate_scores))
+    assert torch.equal(sk.ops.packed_glu_forward(gate_up, backend=backend), separate.h)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_gradient_is_written_in_one_piece(backend):
+    gate_up = torch.randn(5, 12, requires_grad=True)
+    sk.ops.packed_glu_forward(gate_up, backend=backend).sum().backward()
+    expected = torch.autograd.grad(eager.ACTIVATIONS["silu"](gate_up[:, :6]).mul(gate_up[:, 6:]).sum(), gate_up)[0]
+    assert torch.allclose(gate_up.grad, expected, rtol=1e-5, atol=1e-6)
+    assert gate_up.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_are_left_alone(backend):
     inputs = [torch.randn(5, 8) for _ in range(3)]
     before = [x.clone() for x in inputs]
@@ -149,17 +172,27 @@ def test_gradcheck(activation):
     up = torch.randn(3, 5, dtype=torch.float64)
     inputs = (gate.requires_grad_(), up.requires_grad_())
     assert torch.autograd.gradcheck(lambda g, u: sk.ops.glu_forward(g, u, activation=activation), inputs)
+    packed = torch.cat([gate, up], dim=1).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sk.ops.packed_glu_forward(x, activation=activation), packed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "scores, h and penalty"])
+def test_opcheck(extras, gated, backend):
     gate, up, grad_h = (torch.randn(6, 10) for _ in range(3))
+    up = up if gated else None
     segments = as_segments([(0, 2), (2, 6)])
-    torch.library.opcheck(torch.ops.ssiuu.glu_forward, (gate.requires_grad_(), up.requires_grad_(), "silu", backend))
-    gate, up = gate.detach(), up.detach()
-    for scores in (False, True):
-        arguments = (gate, up, grad_h, segments, "silu", scores, scores, backend)
-        torch.library.opcheck(torch.ops.ssiuu.glu_backward, arguments)
+    penalty = (torch.tensor(0.5), torch.ones(2), torch.randn(3, 10), torch.tensor([2, 0])) if extras else [None] * 4
+    arguments = (gate, up, grad_h, segments, "silu", extras, extras, gated and extras, 0, *penalty, backend)
+    torch.library.opcheck(torch.ops.ssiuu.hidden_backward, arguments)
+    differentiable = [None if x is None else x.requires_grad_() for x in (gate, up)]
+    torch.library.opcheck(torch.ops.ssiuu.hidden_forward, (*differentiable, "silu", backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_the_packed_forward(backend):
+    torch.library.opcheck(torch.ops.ssiuu.packed_glu_forward, (torch.randn(6, 20, requires_grad=True), "silu", backend))
 
 
 def test_compiles_into_one_graph():

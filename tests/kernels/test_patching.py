@@ -102,10 +102,35 @@ def test_patching_twice_is_refused():
         sk.patch(model)
 
 
-def test_a_model_without_gated_mlps_is_refused():
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=30))
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no gated MLP"):
-        sk.patch(model)
+def test_a_model_without_known_mlps_is_refused():
+    with pytest.raises(ValueError, match="Sequential has no MLP"):
+        sk.patch(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.SiLU()))
+
+
+def moe_model(**options):
+    sizes = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    }
+    return transformers.AutoModelForCausalLM.from_config(transformers.Qwen2MoeConfig(**SIZES, **sizes, **options))
+
+
+def test_a_mixture_of_experts_is_left_as_it_is(caplog):
+    model, batch = moe_model(mlp_only_layers=[0]).eval(), tiny_batch()
+    expected = logits_of(model, batch)
+    handle = sk.patch(model)
+    assert handle.patched == ["model.layers.0.mlp"]
+    assert list(handle.skipped) == ["model.layers.1.mlp"]
+    assert "mixture of experts" in handle.skipped["model.layers.1.mlp"]
+    assert [record.message for record in caplog.records] == ["patched 1 MLPs and skipped 1: see handle.skipped"]
+    assert relative(logits_of(model, batch), expected) < 1e-5
+
+
+def test_a_model_of_experts_alone_is_refused():
+    with pytest.raises(ValueError, match=r"2 MLPs cannot be patched, first model\.layers\.0\.mlp: mixture of experts"):
+        sk.patch(moe_model())
 
 
 def test_unknown_scope():
@@ -114,11 +139,26 @@ def test_unknown_scope():
 
 
 class Doubled(torch.nn.Linear):
-    """A projection whose weight is not its weight."""
+    """A projection whose weight means something else, as that of a quantised layer or of an adapter."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Subclassed(torch.nn.Parameter):
+    """Stands for a quantised weight under an unchanged layer."""
 
 
 def odd_projection(mlp):
     mlp.gate_proj = Doubled(SIZES["hidden_size"], SIZES["intermediate_size"])
+
+
+def odd_weight(mlp):
+    mlp.up_proj.weight = Subclassed(mlp.up_proj.weight.data)
+
+
+def parametrised_projection(mlp):
+    torch.nn.utils.parametrizations.weight_norm(mlp.down_proj)
 
 
 def odd_activation(mlp):
@@ -146,8 +186,10 @@ def odd_forward(mlp):
 
 SKIPPED = {
     "gate_proj is a Doubled": odd_projection,
-    "act_fn Hardswish is none of": odd_activation,
-    "act_fn carries hooks": hooked_activation,
+    "up_proj is a Linear; expected a plain": odd_weight,
+    "down_proj is a ParametrizedLinear": parametrised_projection,
+    "activation Hardswish is none of": odd_activation,
+    "activation carries hooks": hooked_activation,
     "already replaced": replaced_forward,
     "OffsetMLP.forward does not compute": odd_forward,
 }
@@ -162,10 +204,42 @@ def test_skipped_with_its_reason(reason, spoil):
     assert reason in handle.skipped["model.layers.1.mlp"]
 
 
+def function_activation(layer):
+    del layer.activation_fn
+    layer.activation_fn = torch.relu
+
+
+UNGATED_SKIPPED = {
+    "activation carries hooks": lambda layer: layer.activation_fn.register_forward_hook(lambda *_: None),
+    "activation's forward was already replaced": lambda layer: setattr(layer.activation_fn, "forward", torch.relu),
+    "activation is a function": function_activation,
+    "fc1 gives 56 features and fc2 takes 28": lambda layer: setattr(layer, "fc2", torch.nn.Linear(28, 32)),
+}
+
+
+@pytest.mark.parametrize(("reason", "spoil"), UNGATED_SKIPPED.items(), ids=UNGATED_SKIPPED)
+def test_ungated_skipped_with_its_reason(reason, spoil):
+    model = tiny_model("opt")
+    layer = model.model.decoder.layers[1]
+    spoil(layer)
+    handle = sk.patch(model)
+    assert handle.patched == ["model.decoder.layers.0"]
+    assert reason in handle.skipped["model.decoder.layers.1"]
+
+
+def test_an_activation_that_serves_two_mlps_is_patched_once():
+    model = tiny_model("phi")
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.activation_fn = first.activation_fn
+    handle = sk.patch(model)
+    assert handle.patched == ["model.layers.0.mlp"]
+    assert "also serves another MLP" in handle.skipped["model.layers.1.mlp"]
+
+
 def test_strict_raises_and_patches_nothing():
     model = tiny_model()
     odd_activation(model.model.layers[1].mlp)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp: act_fn Hardswish"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp: activation Hardswish"):
         sk.patch(model, strict=True)
     assert "forward" not in vars(model.model.layers[0].mlp)
 

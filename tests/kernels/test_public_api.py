@@ -12,19 +12,26 @@ TOP_LEVEL = {
 }  # fmt: skip
 SIGNATURES = {
     sk.ops.glu_forward: "gate up activation backend",
-    sk.ops.glu_backward: "gate up grad_h activation segments scores recompute_h backend",
+    sk.ops.glu_backward: "gate up grad_h activation segments scores recompute_h penalty backend",
+    sk.ops.packed_glu_forward: "gate_up activation backend",
+    sk.ops.packed_glu_backward: "gate_up grad_h activation segments scores recompute_h penalty backend",
+    sk.ops.act_forward: "x activation backend",
+    sk.ops.act_backward: "x grad_h activation segments scores recompute_h penalty backend",
     sk.ops.token_scores: "z grad_z segments backend",
     sk.ops.penalty_: "grad param target_grad prev_attribution weight step backend",
     sk.ops.penalty_adamw_: "param grad target_grad prev_attribution exp_avg exp_avg_sq "
     "step lr betas eps weight_decay weight backend",
-    sk.patch: "model scope backend strict",
+    sk.patch: "model scope backend strict level penalty_weight forget_samples",
     sk.PatchHandle.attribute: "self batch target",
-    sk.PatchHandle.unlearning_loss: "self logits labels forget objective target",
+    sk.PatchHandle.unlearning_loss: "self logits labels forget objective target sample_ids",
     sk.sequence_log_probs: "logits labels",
 }
 FIELDS = {
     sk.NeuronScores: "max min sum",
     sk.GluGrads: "grad_gate grad_up h h_scores gate_scores",
+    sk.ops.PackedGluGrads: "grad_gate_up h h_scores gate_scores",
+    sk.ops.ActGrads: "grad_x h h_scores x_scores",
+    sk.ops.NeuronPenalty: "weight ratio bank rows",
     sk.PenaltyStats: "value penalty_grad_norm loss_grad_norm share negative",
     sk.Availability: "ok reason",
 }

@@ -13,16 +13,16 @@ ROOT = Path(__file__).parents[2]
 FLOAT32 = 0
 
 
-def glu_backward(activation, gate, up, grad_h, segments):
+def hidden_backward(activation, gate, up, grad_h, segments):
     """Gradients, and scores over `segments`, of float32 [T, F] tensors on the CPU kernel."""
     rows, cols = gate.shape
     grad_gate, grad_up = torch.full_like(gate, math.nan), torch.full_like(gate, math.nan)
     h_scores, gate_scores = torch.full((2, 3, len(segments), cols), math.nan)
-    _native.glu_backward_cpu(
+    _native.hidden_backward_cpu(
         FLOAT32, activation, rows, cols,
         gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), grad_h.data_ptr(), grad_h.stride(0),
         grad_gate.data_ptr(), cols, grad_up.data_ptr(), cols, 0, 0,
-        segments.data_ptr(), len(segments), h_scores.data_ptr(), gate_scores.data_ptr(),
+        segments.data_ptr(), len(segments), 0, h_scores.data_ptr(), gate_scores.data_ptr(), 0, 0, 0, 0,
     )  # fmt: skip
     return grad_gate, grad_up, h_scores, gate_scores
 
@@ -75,7 +75,7 @@ def test_unknown_dtype_code_is_refused(code):
 @pytest.mark.parametrize("code", [-1, 5])
 def test_unknown_activation_code_is_refused(code):
     with pytest.raises(ValueError, match=f"unknown activation code {code}"):
-        _native.glu_forward_cpu(FLOAT32, code, 0, 0, 0, 0, 0, 0, 0, 0)
+        _native.hidden_forward_cpu(FLOAT32, code, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def with_threads(count, function):
@@ -87,11 +87,11 @@ def with_threads(count, function):
         torch.set_num_threads(before)
 
 
-def test_glu_backward_does_not_depend_on_the_thread_count():
+def test_hidden_backward_does_not_depend_on_the_thread_count():
     gate, up, grad_h = torch.randn(3, 700, 1100)
     segments = torch.tensor([[0, 600], [650, 700]], dtype=torch.int32)
-    one = with_threads(1, lambda: glu_backward(0, gate, up, grad_h, segments))
-    three = with_threads(3, lambda: glu_backward(0, gate, up, grad_h, segments))
+    one = with_threads(1, lambda: hidden_backward(0, gate, up, grad_h, segments))
+    three = with_threads(3, lambda: hidden_backward(0, gate, up, grad_h, segments))
     for a, b in zip(one, three, strict=True):
         assert torch.equal(a, b)
 
@@ -139,7 +139,7 @@ def test_activations_over_the_whole_range(activation, exact):
     magnitudes = torch.cat([torch.logspace(-44, 3, 5000), torch.linspace(0, 20, 20_000)])
     x = torch.cat([magnitudes, -magnitudes]).reshape(1, -1)
     one, segments = torch.ones_like(x), torch.tensor([[0, 1]], dtype=torch.int32)
-    slope, value, _, _ = glu_backward(activation, x, one, one, segments)
+    slope, value, _, _ = hidden_backward(activation, x, one, one, segments)
 
     x64 = x.double().requires_grad_()
     value64 = exact(x64)

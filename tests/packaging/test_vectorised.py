@@ -16,7 +16,10 @@ COMPILER = shutil.which("g++")
 @pytest.mark.parametrize(
     ("source", "instances"),
     [
-        ("glu.cpp", 2 * 5 + 2 * 5 * 2 * 2),  # types x activations, forward; x with h x with scores, backward
+        (
+            "hidden.cpp",
+            2 * 5 * 2 * (1 + 1 + 2 * 2),
+        ),  # types x activations x gated: forward, scores; x with h x with scores, backward
         ("token_scores.cpp", 2),
         ("penalty.cpp", 2 * 2**3),  # ops x types of parameter, gradient and state
     ],

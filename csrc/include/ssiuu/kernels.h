@@ -10,40 +10,51 @@ struct CUstream_st;  // what a cudaStream_t points to
 
 namespace ssiuu {
 
-struct GluForwardParams {
+// h = act(x) * up, or act(x) where up is null; x is the gate of a gated MLP.
+struct HiddenForwardParams {
   DType dtype;
   Activation activation;
   int64_t rows, cols;
-  const void* gate;  // [T, F]
-  int64_t gate_stride;
-  const void* up;  // [T, F]
+  const void* x;  // [T, F]
+  int64_t x_stride;
+  const void* up;  // [T, F] or null
   int64_t up_stride;
   void* h;  // [T, F]
   int64_t h_stride;
 };
 
+// The penalty on neurons; bank is null where there is none.
+struct NeuronPenaltyParams {
+  const float* weight;       // [1] lambda
+  const float* ratio;        // [B] turns grad_h into dP/dh
+  float* bank;               // [N, F] A of the last step, NaN where a sample has not been seen; overwritten
+  const int64_t* bank_rows;  // [B] row of each sample in the bank, or -1
+};
+
 // Gradients, and h where asked for, are written for all rows; scores cover the rows of the segments, from the float32
-// values before they are rounded to dtype. An empty segment scores 0; NaN propagates.
-struct GluBackwardParams {
+// values before they are rounded to dtype and before the penalty. An empty segment scores 0; NaN propagates.
+struct HiddenBackwardParams {
   DType dtype;
   Activation activation;
   int64_t rows, cols;
-  const void* gate;  // [T, F]
-  int64_t gate_stride;
-  const void* up;  // [T, F]
+  const void* x;  // [T, F]
+  int64_t x_stride;
+  const void* up;  // [T, F] or null
   int64_t up_stride;
   const void* grad_h;  // [T, F]
   int64_t grad_h_stride;
-  void* grad_gate;  // [T, F]
-  int64_t grad_gate_stride;
-  void* grad_up;  // [T, F]
+  void* grad_x;  // [T, F]
+  int64_t grad_x_stride;
+  void* grad_up;  // [T, F], null together with up
   int64_t grad_up_stride;
   void* h;  // [T, F] or null
   int64_t h_stride;
-  const Segment* segments;  // [B], disjoint, any order; null with num_segments 0
+  const Segment* segments;  // [B], disjoint, any order; read with scores or a penalty
   int64_t num_segments;
-  float* h_scores;     // [3, B, F] max, min, sum of h * grad_h; null together with gate_scores
-  float* gate_scores;  // [3, B, F] the same of gate * grad_gate
+  int64_t longest;  // rows of the longest segment, or 0: not known on the host
+  float* h_scores;  // [3, B, F] max, min, sum of h * grad_h; null together with x_scores
+  float* x_scores;  // [3, B, F] the same of x * grad_x
+  NeuronPenaltyParams penalty;
 };
 
 struct TokenScoresParams {
@@ -93,8 +104,8 @@ struct PenaltyAdamWParams {
 
 namespace cpu {
 
-void glu_forward(const GluForwardParams& params);
-void glu_backward(const GluBackwardParams& params);
+void hidden_forward(const HiddenForwardParams& params);
+void hidden_backward(const HiddenBackwardParams& params);
 void token_scores(const TokenScoresParams& params);
 void penalty(const PenaltyParams& params);
 void penalty_adamw(const PenaltyAdamWParams& params);
@@ -107,12 +118,12 @@ namespace cuda {
 
 using Stream = CUstream_st*;
 
-int64_t glu_backward_workspace_bytes(int64_t rows, int64_t cols, int64_t num_segments);
+int64_t hidden_backward_workspace_bytes(int64_t rows, int64_t cols, int64_t num_segments, bool scores);
 int64_t token_scores_workspace_bytes(int64_t rows, int64_t cols, int64_t num_segments);
 int64_t penalty_workspace_bytes(int64_t n);  // of penalty and of penalty_adamw
 
-void glu_forward(const GluForwardParams& params, void* workspace, Stream stream);  // workspace may be null
-void glu_backward(const GluBackwardParams& params, void* workspace, Stream stream);
+void hidden_forward(const HiddenForwardParams& params, void* workspace, Stream stream);  // workspace may be null
+void hidden_backward(const HiddenBackwardParams& params, void* workspace, Stream stream);
 void token_scores(const TokenScoresParams& params, void* workspace, Stream stream);
 void penalty(const PenaltyParams& params, void* workspace, Stream stream);
 void penalty_adamw(const PenaltyAdamWParams& params, void* workspace, Stream stream);

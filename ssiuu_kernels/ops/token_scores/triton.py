@@ -15,7 +15,7 @@ from ..triton_support import split_count
 BLOCK_T, BLOCK_D, NUM_WARPS = 8, 256, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def token_scores_kernel(
     z,  # [T, D]
     grad_z,  # [T, D]
@@ -29,9 +29,9 @@ def token_scores_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    b = tl.program_id(1)
+    b = tl.program_id(0)
     split = tl.program_id(2)
-    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = col < cols
     first, last = split_rows(tl.load(segments + 2 * b), tl.load(segments + 2 * b + 1), split, SPLITS)
     highest = tl.full([BLOCK_T, BLOCK_D], float("-inf"), tl.float32)
@@ -59,7 +59,7 @@ def token_scores(z: Tensor, grad_z: Tensor, segments: Tensor) -> Tensor:
     samples, splits = len(segments), split_count(rows, len(segments))
     partials = torch.empty((splits, 3, samples, cols), dtype=torch.float32, device=z.device)
     if partials.numel():
-        token_scores_kernel[triton.cdiv(cols, BLOCK_D), samples, splits](
+        token_scores_kernel[samples, triton.cdiv(cols, BLOCK_D), splits](
             z, grad_z, segments, partials, z.stride(0), grad_z.stride(0), samples, cols,
             SPLITS=splits, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -1,0 +1,69 @@
+"""Launches of the hidden activation's kernels: `glu_forward`, `glu_backward`, `act_forward`, `act_backward`."""
+
+from ssiuu_kernels.ops.activations import CODES
+from ssiuu_kernels.ops.hidden import triton as hidden
+
+from .case import Case
+
+INT = "i32"
+DTYPES = {"bf16": 256, "fp32": 128}  # columns of a stripe, as hidden.BLOCK_D has it
+STRIDES = ["x_stride", "up_stride", "grad_h_stride", "grad_x_stride", "grad_up_stride", "h_stride"]
+
+
+def types(element, **others):
+    tensors = dict.fromkeys(("x", "up", "grad_h", "grad_x", "grad_up", "h"), f"*{element}")
+    return {**tensors, **others, **dict.fromkeys([*STRIDES, "samples", "rows", "cols"], INT)}
+
+
+def forward(element, gated):
+    names = {"x": f"*{element}", "up": f"*{element}", "h": f"*{element}"}
+    sizes = dict.fromkeys(("x_stride", "up_stride", "h_stride", "rows", "cols"), INT)
+    constants = {"ACT": CODES["silu"], "GATED": gated, "BLOCK_T": hidden.BLOCK_T, "BLOCK_D": DTYPES[element]}
+    kind = "glu" if gated else "act"
+    return Case(f"{kind}_forward {element}", hidden.hidden_fwd_kernel, {**names, **sizes}, constants, hidden.NUM_WARPS)
+
+
+def backward(element, gated, scores, activation="silu", write_h=False):
+    constants = {
+        "ACT": CODES[activation], "GATED": gated, "WRITE_H": write_h, "SCORES": scores, "SPLITS": 4 if scores else 1,
+        "BLOCK_B": hidden.BLOCK_B, "BLOCK_T": hidden.BLOCK_T, "BLOCK_D": DTYPES[element],
+    }  # fmt: skip
+    name = f"{'glu' if gated else 'act'}_backward{' + scores' * scores}{' + h' * write_h} {activation} {element}"
+    partials = {"segments": "*i32", "h_partials": "*fp32", "x_partials": "*fp32"}
+    return Case(name, hidden.hidden_bwd_kernel, types(element, **partials), constants, hidden.NUM_WARPS,
+                unaligned=("samples", "rows"))  # fmt: skip
+
+
+def penalised(element, gated, resident):
+    constants = {
+        "ACT": CODES["silu"], "GATED": gated, "WRITE_H": False, "SCORES": False, "RESIDENT": resident,
+        "BLOCK_B": hidden.BLOCK_B, "BLOCK_T": hidden.RESIDENT_ROWS if resident else hidden.BLOCK_T,
+        "BLOCK_D": hidden.RESIDENT_COLS if resident else DTYPES[element],
+    }  # fmt: skip
+    state = {
+        "segments": "*i32", "h_scores": "*fp32", "x_scores": "*fp32", "weight": "*fp32", "ratio": "*fp32",
+        "bank": "*fp32", "bank_rows": "*i64",
+    }  # fmt: skip
+    name = f"{'glu' if gated else 'act'}_backward + penalty, {'resident' if resident else 'two passes'} {element}"
+    warps = hidden.RESIDENT_WARPS if resident else hidden.NUM_WARPS
+    return Case(name, hidden.hidden_bwd_penalty_kernel, types(element, **state), constants, warps,
+                unaligned=("samples", "rows"))  # fmt: skip
+
+
+CASES = [
+    case
+    for element in DTYPES
+    for case in (
+        forward(element, gated=True),
+        forward(element, gated=False),
+        backward(element, gated=True, scores=False),
+        backward(element, gated=True, scores=True),
+        backward(element, gated=True, scores=True, write_h=True),
+        backward(element, gated=True, scores=True, activation="gelu"),
+        backward(element, gated=True, scores=True, activation="gelu_tanh"),
+        backward(element, gated=False, scores=True, activation="gelu"),
+        penalised(element, gated=True, resident=True),
+        penalised(element, gated=True, resident=False),
+        penalised(element, gated=False, resident=False),
+    )
+]
