@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from tests.kernels import cuda_emulation
+
 # Tiny tensors gain nothing from a second thread, and lose much where the cores are busy.
 torch.set_num_threads(1)
 
@@ -34,6 +36,18 @@ def _device(request):
     torch.set_default_device("cuda" if request.node.get_closest_marker("gpu") else "cpu")
     yield
     torch.set_default_device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _emulation(request, monkeypatch):
+    """Tests marked `emulated` run the CUDA kernels on CPU tensors."""
+    if request.node.get_closest_marker("emulated"):
+        from ssiuu_kernels.ops import native_support
+
+        if cuda_emulation.COMPILER is None:
+            pytest.skip("needs g++ to compile the CUDA kernels for the CPU")
+        monkeypatch.setattr(native_support, "uses_cuda", lambda _tensor: True)
+        monkeypatch.setattr(native_support, "native_module", cuda_emulation.emulated_module)
 
 
 @pytest.fixture(autouse=True)

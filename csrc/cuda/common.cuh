@@ -24,7 +24,11 @@ void launch_with_shared_memory(void (*kernel)(Params...), int64_t blocks, dim3 t
   if (shared_bytes > 0) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }
+#if defined(__CUDACC__)
   kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream>>>(args...);
+#else  // a C++ compiler: tests/kernels/cuda_emulation
+  emulation::launch(kernel, static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), args...);
+#endif
   check(cudaGetLastError());
 }
 
@@ -36,8 +40,12 @@ void launch(void (*kernel)(Params...), int64_t blocks, dim3 threads, cudaStream_
 // The block's dynamic shared memory.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
+#if defined(__CUDACC__)
   extern __shared__ uint4 dynamic_shared_memory[];
   return reinterpret_cast<T*>(dynamic_shared_memory);
+#else
+  return reinterpret_cast<T*>(emulation::dynamic_shared);
+#endif
 }
 
 // kVec consecutive elements, moved by as few instructions as there are 16-byte words in them.

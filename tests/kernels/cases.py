@@ -4,11 +4,13 @@ import pytest
 import torch
 
 # A test that takes a backend runs on the device of its parameter: see the fixture `_device` in conftest.py. Where torch
-# sees no GPU, conftest.py turns Triton's interpreter on, and its kernels run on CPU tensors.
+# sees no GPU, conftest.py turns Triton's interpreter on, and its kernels run on CPU tensors. "cuda_emulated" are the CUDA
+# kernels, compiled for the CPU (cuda_emulation/).
 CUDA = torch.cuda.is_available()
 BACKENDS = [
     "reference",
     "native",
+    pytest.param("native", id="cuda_emulated", marks=pytest.mark.emulated),
     pytest.param("reference", id="reference_cuda", marks=pytest.mark.gpu),
     pytest.param("native", id="native_cuda", marks=pytest.mark.gpu),
     pytest.param("triton", id="triton_cuda", marks=pytest.mark.gpu)
