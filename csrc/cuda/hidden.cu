@@ -111,9 +111,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A block has all rows of one sample: it sums over them first, and rescales grad_h then. Rows of kResident samples stay
-// in shared memory in between, as they came.
+// in shared memory in between, as they came. One block a processor is enough for the compiler: asked for no number, it
+// spills for the sake of more.
 template <class T, class Act, bool kGated, int kVec, bool kResident>
-__global__ void __launch_bounds__(kThreads) hidden_bwd_penalty_kernel(HiddenBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, 1) hidden_bwd_penalty_kernel(HiddenBackwardParams p) {
   constexpr int kStripe = kWarp * kVec;
   constexpr int kTensors = kGated ? 3 : 2;
   const Tile tile = tile_of_block(p.segments, p.num_segments, p.rows, ceil_div(p.cols, kStripe), 1);

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 # A test that takes a backend runs on the device of its parameter: see the fixture `_device` in conftest.py. Where torch
-# sees no GPU, conftest.py turns Triton's interpreter on, and its kernels run on CPU tensors. "cuda_emulated" are the CUDA
-# kernels, compiled for the CPU (cuda_emulation/).
+# sees no GPU, conftest.py turns Triton's interpreter on, and its kernels run on CPU tensors. "cuda_emulated" are the
+# CUDA kernels, compiled for the CPU (cuda_emulation/).
 CUDA = torch.cuda.is_available()
 BACKENDS = [
     "reference",
