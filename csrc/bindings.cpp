@@ -1,8 +1,11 @@
 // Python bindings. Pointers arrive as integers (0: absent) and were checked by the caller; the GIL is released while a
 // kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <vector>
 
 #include "ssiuu/cpu_features.h"
 #include "ssiuu/kernels.h"
@@ -69,37 +72,28 @@ ssiuu::TokenScoresParams token_scores_params(int dtype, int64_t rows, int64_t co
           num_segments,  pointer<float>(scores)};
 }
 
-ssiuu::PenaltyParams penalty_params(int param_dtype, int grad_dtype, int state_dtype, int64_t n, Address param,
-                                    Address grad, Address target_grad, Address prev_attribution, double weight,
-                                    int64_t step, Address stats) {
-  return {DType(param_dtype),    DType(grad_dtype),    DType(state_dtype),        n,      pointer(param),
-          pointer(grad),         pointer(target_grad), pointer(prev_attribution), weight, step,
-          pointer<double>(stats)};
-}
-
-ssiuu::PenaltyAdamWParams penalty_adamw_params(int param_dtype, int grad_dtype, int state_dtype, int64_t n,
-                                               Address param, Address grad, Address target_grad,
-                                               Address prev_attribution, Address exp_avg, Address exp_avg_sq,
-                                               int64_t step, double lr, double beta1, double beta2, double eps,
-                                               double weight_decay, double weight, Address stats) {
-  return {DType(param_dtype),
-          DType(grad_dtype),
-          DType(state_dtype),
-          n,
-          pointer(param),
-          pointer(grad),
-          pointer(target_grad),
-          pointer(prev_attribution),
-          pointer(exp_avg),
-          pointer(exp_avg_sq),
-          step,
-          lr,
-          beta1,
-          beta2,
-          eps,
-          weight_decay,
-          weight,
-          pointer<double>(stats)};
+// One entry a parameter in each list; exp_avg and exp_avg_sq may be 0, and seeds empty.
+ssiuu::PenaltyParams penalty_params(int param_dtype, int grad_dtype, int state_dtype, const std::vector<int64_t>& sizes,
+                                    const std::vector<Address>& param, const std::vector<Address>& grad,
+                                    const std::vector<Address>& target_grad,
+                                    const std::vector<Address>& prev_attribution, const std::vector<Address>& exp_avg,
+                                    const std::vector<Address>& exp_avg_sq, const std::vector<uint32_t>& seeds,
+                                    const std::array<double, ssiuu::kStepScalars>& scalars, Address device_scalars,
+                                    Address stats) {
+  ssiuu::PenaltyParams params{DType(param_dtype),
+                              DType(grad_dtype),
+                              DType(state_dtype),
+                              {},
+                              ssiuu::bit_cast<ssiuu::StepScalars>(scalars),
+                              pointer<ssiuu::StepScalars>(device_scalars),
+                              !seeds.empty(),
+                              pointer<double>(stats)};
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    params.tensors.push_back({sizes[i], pointer(param[i]), pointer(grad[i]), pointer(target_grad[i]),
+                              pointer(prev_attribution[i]), pointer(exp_avg[i]), pointer(exp_avg_sq[i]),
+                              seeds.empty() ? 0 : seeds[i]});
+  }
+  return params;
 }
 
 template <class Params>
@@ -192,19 +186,20 @@ PYBIND11_MODULE(_native, m) {
             "segments", "num_segments", "longest", "h_scores", "x_scores", "weight", "ratio", "bank", "bank_rows");
   define_op(m, "token_scores", &ssiuu::cpu::token_scores, SSIUU_CUDA_LAUNCH(token_scores), &token_scores_params,
             "dtype", "rows", "cols", "z", "z_stride", "grad_z", "grad_z_stride", "segments", "num_segments", "scores");
-  define_op(m, "penalty", &ssiuu::cpu::penalty, SSIUU_CUDA_LAUNCH(penalty), &penalty_params, "param_dtype",
-            "grad_dtype", "state_dtype", "n", "param", "grad", "target_grad", "prev_attribution", "weight", "step",
-            "stats");
-  define_op(m, "penalty_adamw", &ssiuu::cpu::penalty_adamw, SSIUU_CUDA_LAUNCH(penalty_adamw), &penalty_adamw_params,
-            "param_dtype", "grad_dtype", "state_dtype", "n", "param", "grad", "target_grad", "prev_attribution",
-            "exp_avg", "exp_avg_sq", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "weight", "stats");
+  for (const bool adamw : {false, true}) {
+    define_op(m, adamw ? "penalty_adamw" : "penalty", adamw ? &ssiuu::cpu::penalty_adamw : &ssiuu::cpu::penalty,
+              adamw ? SSIUU_CUDA_LAUNCH(penalty_adamw) : SSIUU_CUDA_LAUNCH(penalty), &penalty_params, "param_dtype",
+              "grad_dtype", "state_dtype", "sizes", "param", "grad", "target_grad", "prev_attribution", "exp_avg",
+              "exp_avg_sq", "seeds", "scalars", "device_scalars", "stats");
+  }
 
 #if defined(SSIUU_WITH_CUDA)
   m.def("hidden_backward_workspace_bytes", &ssiuu::cuda::hidden_backward_workspace_bytes, py::arg("rows"),
         py::arg("cols"), py::arg("num_segments"), py::arg("scores"));
   m.def("token_scores_workspace_bytes", &ssiuu::cuda::token_scores_workspace_bytes, py::arg("rows"), py::arg("cols"),
         py::arg("num_segments"));
-  m.def("penalty_workspace_bytes", &ssiuu::cuda::penalty_workspace_bytes, py::arg("n"));
+  m.def("penalty_workspace_bytes", &ssiuu::cuda::penalty_workspace_bytes, py::arg("sizes"));
+  m.def("penalty_adamw_workspace_bytes", &ssiuu::cuda::penalty_workspace_bytes, py::arg("sizes"));
 #endif
 
   m.def("build_info", &build_info, "What the module was compiled with.");

@@ -9,7 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.kernels import cuda_emulation
+from tests.kernels import cuda_emulation, triton_interpreter
+
+triton_interpreter.install()
 
 # Tiny tensors gain nothing from a second thread, and lose much where the cores are busy.
 torch.set_num_threads(1)

@@ -62,10 +62,7 @@ __device__ __forceinline__ void load(const T* from, float (&to)[kVec]) {
 }
 
 template <class T, int kVec>
-__device__ __forceinline__ void store(T* to, const float (&from)[kVec]) {
-  Pack<T, kVec> pack;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) pack.data[i] = from_float<T>(from[i]);
+__device__ __forceinline__ void store(T* to, const Pack<T, kVec>& pack) {
   if constexpr (sizeof(pack) % sizeof(uint4) == 0) {
     // Said with the intrinsic: nvcc takes the assignment of a whole pack apart into elements.
 #pragma unroll
@@ -75,6 +72,14 @@ __device__ __forceinline__ void store(T* to, const float (&from)[kVec]) {
   } else {
     *reinterpret_cast<Pack<T, kVec>*>(to) = pack;
   }
+}
+
+template <class T, int kVec>
+__device__ __forceinline__ void store(T* to, const float (&from)[kVec]) {
+  Pack<T, kVec> pack;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) pack.data[i] = from_float<T>(from[i]);
+  store(to, pack);
 }
 
 // Whether rows of `stride` elements from `base` on can be read in packs of `bytes`.

@@ -11,6 +11,14 @@ constexpr int kThreads = 256;
 constexpr int kVec = 8;                                   // scalars that a thread takes at once
 constexpr int64_t kChunk = int64_t{4} * kThreads * kVec;  // scalars of one block
 
+// The tensors of one launch, in the kernel's arguments: nothing is copied to the device. 4 KB is what they may take.
+struct TensorTable {
+  static constexpr int kMax = 48;
+  PenaltyTensors tensors[kMax];
+  int32_t first_block[kMax + 1];  // the blocks of tensor i start here
+  int32_t count;
+};
+
 // Sum over the block, in thread 0.
 __device__ PenaltyStats block_sum(PenaltyStats stats) {
   __shared__ PenaltyStats warps[kThreads / kWarp];
@@ -30,74 +38,95 @@ __device__ PenaltyStats block_sum(PenaltyStats stats) {
   return stats;
 }
 
-// penalty_ : writes the sum of both gradients to grad.
-template <class Param, class Grad, class State>
-struct PenaltyOp {
-  const Param* param;       // [N]
-  Grad* grad;               // [N]
-  const Grad* target_grad;  // [N]
-  State* prev_attribution;  // [N]
-  PenaltyStep step;
+// penalty: writes the sum of both gradients to grad.
+template <class Param_, class Grad_, class State_>
+struct Penalty {
+  using Param = Param_;
+  using Grad = Grad_;
+  using State = State_;
+
+  __device__ Penalty(const PenaltyTensors&, const StepScalars&) {}
 
   template <int kCount>
-  __device__ __forceinline__ void write(int64_t i, float (&)[kCount], const float (&grad_sum)[kCount]) const {
-    store(grad + i, grad_sum);
+  __device__ __forceinline__ void write(const PenaltyTensors& t, int64_t i, float (&)[kCount],
+                                        const float (&attribution)[kCount], const float (&grad_sum)[kCount]) const {
+    store(static_cast<State*>(t.prev_attribution) + i, attribution);
+    store(static_cast<Grad*>(t.grad) + i, grad_sum);
   }
 };
 
-// penalty_adamw_ : feeds the sum of both gradients to AdamW.
-template <class Param, class Grad, class State>
-struct PenaltyAdamWOp {
-  Param* param;             // [N]
-  const Grad* grad;         // [N]
-  const Grad* target_grad;  // [N]
-  State* prev_attribution;  // [N]
-  PenaltyStep step;
-  State* exp_avg;     // [N]
-  State* exp_avg_sq;  // [N]
+// penalty_adamw: feeds the sum of both gradients to AdamW.
+template <class Param_, class Grad_, class State_, bool kStochastic>
+struct PenaltyAdamW {
+  using Param = Param_;
+  using Grad = Grad_;
+  using State = State_;
   AdamWStep adamw;
+  uint32_t key;
+
+  __device__ PenaltyAdamW(const PenaltyTensors& t, const StepScalars& s)
+      : adamw(s), key(rounding_key(t.seed, static_cast<uint32_t>(s.step))) {}
 
   template <int kCount>
-  __device__ __forceinline__ void write(int64_t i, float (&w)[kCount], const float (&grad_sum)[kCount]) const {
+  __device__ __forceinline__ void write(const PenaltyTensors& t, int64_t i, float (&w)[kCount],
+                                        const float (&attribution)[kCount], const float (&grad_sum)[kCount]) const {
     float m[kCount], v[kCount];
-    load(exp_avg + i, m);
-    load(exp_avg_sq + i, v);
+    load(static_cast<const State*>(t.exp_avg) + i, m);
+    load(static_cast<const State*>(t.exp_avg_sq) + i, v);
+    Pack<Param, kCount> params;
+    Pack<State, kCount> attributions, means, squares;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) adamw_update(w[k], m[k], v[k], grad_sum[k], adamw);
-    store(param + i, w);
-    store(exp_avg + i, m);
-    store(exp_avg_sq + i, v);
+    for (int k = 0; k < kCount; ++k) {
+      adamw_update(w[k], m[k], v[k], grad_sum[k], adamw);
+      store_update<kStochastic>(params.data[k], attributions.data[k], means.data[k], squares.data[k], w[k],
+                                attribution[k], m[k], v[k], key, i + k);
+    }
+    store(static_cast<Param*>(t.param) + i, params);
+    store(static_cast<State*>(t.prev_attribution) + i, attributions);
+    store(static_cast<State*>(t.exp_avg) + i, means);
+    store(static_cast<State*>(t.exp_avg_sq) + i, squares);
   }
 };
 
 template <int kCount, class Op>
-__device__ __forceinline__ void penalise(const Op& op, int64_t i, PenaltyStats& stats) {
+__device__ __forceinline__ void penalise(const Op& op, const PenaltyTensors& t, const PenaltyStep& step, int64_t i,
+                                         PenaltyStats& stats) {
   float w[kCount], loss_grad[kCount], target_grad[kCount], attribution[kCount], grad_sum[kCount];
-  load(op.param + i, w);
-  load(op.grad + i, loss_grad);
-  load(op.target_grad + i, target_grad);
-  load(op.prev_attribution + i, attribution);
+  load(static_cast<const typename Op::Param*>(t.param) + i, w);
+  load(static_cast<const typename Op::Grad*>(t.grad) + i, loss_grad);
+  load(static_cast<const typename Op::Grad*>(t.target_grad) + i, target_grad);
+  load(static_cast<const typename Op::State*>(t.prev_attribution) + i, attribution);
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    const PenaltyTerm term = penalty_term(w[k], loss_grad[k], target_grad[k], attribution[k], op.step);
+    const PenaltyTerm term = penalty_term(w[k], loss_grad[k], target_grad[k], attribution[k], step);
     attribution[k] = term.attribution;
     grad_sum[k] = loss_grad[k] + term.grad;
     stats.add({square(term.growth), square(term.grad), square(loss_grad[k]), term.outweighs, term.negative});
   }
-  store(op.prev_attribution + i, attribution);
-  op.write(i, w, grad_sum);
+  op.write(t, i, w, attribution, grad_sum);
 }
 
 template <bool kPacked, class Op>
-__global__ void __launch_bounds__(kThreads) penalty_kernel(Op op, int64_t n, PenaltyStats* partials) {
+__global__ void __launch_bounds__(kThreads) penalty_kernel(TensorTable table, StepScalars host_scalars,
+                                                           const StepScalars* device_scalars, PenaltyStats* partials) {
   constexpr int kCount = kPacked ? kVec : 1;
-  const int64_t end = min((blockIdx.x + int64_t{1}) * kChunk, n);
+  int low = 0;
+  for (int high = table.count; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (table.first_block[middle] <= static_cast<int32_t>(blockIdx.x) ? low : high) = middle;
+  }
+  const PenaltyTensors& t = table.tensors[low];
+  const StepScalars scalars = device_scalars != nullptr ? *device_scalars : host_scalars;
+  const PenaltyStep step(scalars);
+  const Op op(t, scalars);
+  const int64_t begin = (blockIdx.x - table.first_block[low]) * kChunk;
+  const int64_t end = min(begin + kChunk, t.n);
   PenaltyStats stats{};
-  for (int64_t i = blockIdx.x * kChunk + threadIdx.x * kCount; i < end; i += kThreads * kCount) {
+  for (int64_t i = begin + threadIdx.x * kCount; i < end; i += kThreads * kCount) {
     if (i + kCount <= end) {
-      penalise<kCount>(op, i, stats);
+      penalise<kCount>(op, t, step, i, stats);
     } else {
-      for (int64_t k = i; k < end; ++k) penalise<1>(op, k, stats);
+      for (int64_t k = i; k < end; ++k) penalise<1>(op, t, step, k, stats);
     }
   }
   stats = block_sum(stats);
@@ -111,52 +140,63 @@ __global__ void __launch_bounds__(kThreads) sum_stats_kernel(const PenaltyStats*
   if (threadIdx.x == 0) *reinterpret_cast<PenaltyStats*>(out) = stats;
 }
 
-template <class Op>
-void run(const Op& op, int64_t n, bool packed, double* stats, void* workspace, cudaStream_t stream) {
-  auto* partials = static_cast<PenaltyStats*>(workspace);
-  const int64_t blocks = ceil_div(n, kChunk);
-  launch(packed ? penalty_kernel<true, Op> : penalty_kernel<false, Op>, blocks, kThreads, stream, op, n, partials);
-  launch(sum_stats_kernel, 1, kThreads, stream, partials, blocks, stats);
+bool packs(const void* base, DType dtype) {
+  const int64_t size = dtype == DType::kFloat32 ? sizeof(float) : sizeof(BFloat16);
+  return aligned(base, 0, size, std::min<int64_t>(16, kVec * size));
 }
 
-template <class T>
-bool packs(const T* base) {
-  return aligned(base, 0, sizeof(T), alignof(Pack<T, kVec>));
+bool packs(const PenaltyTensors& t, const PenaltyParams& p) {
+  return packs(t.param, p.param_dtype) && packs(t.grad, p.grad_dtype) && packs(t.target_grad, p.grad_dtype) &&
+         packs(t.prev_attribution, p.state_dtype) && packs(t.exp_avg, p.state_dtype) &&
+         packs(t.exp_avg_sq, p.state_dtype);
+}
+
+// Launches over as many tensors as one table takes, one statistics entry a block.
+template <class Op>
+void run(const PenaltyParams& p, void* workspace, cudaStream_t stream) {
+  auto* partials = static_cast<PenaltyStats*>(workspace);
+  int64_t total = 0;
+  for (size_t next = 0; next < p.tensors.size();) {
+    TensorTable table{};
+    bool packed = true;
+    for (; next < p.tensors.size() && table.count < TensorTable::kMax; ++next) {
+      const PenaltyTensors& t = p.tensors[next];
+      const int64_t blocks = ceil_div(t.n, kChunk);
+      if (blocks == 0) continue;
+      table.tensors[table.count] = t;
+      table.first_block[table.count + 1] = table.first_block[table.count] + static_cast<int32_t>(blocks);
+      ++table.count;
+      packed = packed && packs(t, p);
+    }
+    const int64_t blocks = table.first_block[table.count];
+    launch(packed ? penalty_kernel<true, Op> : penalty_kernel<false, Op>, blocks, kThreads, stream, table, p.scalars,
+           p.device_scalars, partials + total);
+    total += blocks;
+  }
+  launch(sum_stats_kernel, 1, kThreads, stream, partials, total, p.stats);
 }
 
 }  // namespace
 
-int64_t penalty_workspace_bytes(int64_t n) { return ceil_div(n, kChunk) * static_cast<int64_t>(sizeof(PenaltyStats)); }
+int64_t penalty_workspace_bytes(const std::vector<int64_t>& sizes) {
+  int64_t blocks = 0;
+  for (const int64_t n : sizes) blocks += ceil_div(n, kChunk);
+  return blocks * static_cast<int64_t>(sizeof(PenaltyStats));
+}
 
 void penalty(const PenaltyParams& p, void* workspace, Stream stream) {
   dispatch_dtypes(p.param_dtype, p.grad_dtype, p.state_dtype, [&](auto param_t, auto grad_t, auto state_t) {
-    using Param = decltype(param_t);
-    using Grad = decltype(grad_t);
-    using State = decltype(state_t);
-    const PenaltyOp<Param, Grad, State> op{static_cast<const Param*>(p.param), static_cast<Grad*>(p.grad),
-                                           static_cast<const Grad*>(p.target_grad),
-                                           static_cast<State*>(p.prev_attribution), PenaltyStep(p.weight, p.step)};
-    const bool packed = packs(op.param) && packs(op.grad) && packs(op.target_grad) && packs(op.prev_attribution);
-    run(op, p.n, packed, p.stats, workspace, stream);
+    run<Penalty<decltype(param_t), decltype(grad_t), decltype(state_t)>>(p, workspace, stream);
   });
 }
 
-void penalty_adamw(const PenaltyAdamWParams& p, void* workspace, Stream stream) {
+void penalty_adamw(const PenaltyParams& p, void* workspace, Stream stream) {
   dispatch_dtypes(p.param_dtype, p.grad_dtype, p.state_dtype, [&](auto param_t, auto grad_t, auto state_t) {
     using Param = decltype(param_t);
     using Grad = decltype(grad_t);
     using State = decltype(state_t);
-    const PenaltyAdamWOp<Param, Grad, State> op{static_cast<Param*>(p.param),
-                                                static_cast<const Grad*>(p.grad),
-                                                static_cast<const Grad*>(p.target_grad),
-                                                static_cast<State*>(p.prev_attribution),
-                                                PenaltyStep(p.weight, p.step),
-                                                static_cast<State*>(p.exp_avg),
-                                                static_cast<State*>(p.exp_avg_sq),
-                                                AdamWStep(p.step, p.lr, p.beta1, p.beta2, p.eps, p.weight_decay)};
-    const bool packed = packs(op.param) && packs(op.grad) && packs(op.target_grad) && packs(op.prev_attribution) &&
-                        packs(op.exp_avg) && packs(op.exp_avg_sq);
-    run(op, p.n, packed, p.stats, workspace, stream);
+    p.stochastic ? run<PenaltyAdamW<Param, Grad, State, true>>(p, workspace, stream)
+                 : run<PenaltyAdamW<Param, Grad, State, false>>(p, workspace, stream);
   });
 }
 

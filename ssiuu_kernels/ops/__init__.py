@@ -4,7 +4,7 @@ from .act import act_backward, act_forward
 from .activations import ACTIVATIONS
 from .glu import glu_backward, glu_forward, packed_glu_backward, packed_glu_forward
 from .neuron_penalty import NeuronPenalty
-from .penalty import penalty_, penalty_adamw_
+from .penalty import penalty_, penalty_adamw_, penalty_adamw_many_, penalty_many_
 from .results import ActGrads, GluGrads, NeuronScores, PackedGluGrads, PenaltyStats
 from .token_scores import token_scores
 
@@ -24,5 +24,7 @@ __all__ = [
     "packed_glu_forward",
     "penalty_",
     "penalty_adamw_",
+    "penalty_adamw_many_",
+    "penalty_many_",
     "token_scores",
 ]

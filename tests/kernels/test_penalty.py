@@ -1,9 +1,13 @@
 """penalty_ and penalty_adamw_: every backend against float64 formulas and torch.optim.AdamW."""
 
+import math
+
 import pytest
 import torch
 
 import ssiuu_kernels as sk
+from ssiuu_kernels.ops.penalty.rounding import random_bits, round_at_random
+from ssiuu_kernels.ops.penalty.scalars import step_scalars
 
 from . import eager
 from .accuracy import assert_as_accurate_as_pytorch, assert_same_direction
@@ -103,12 +107,132 @@ def test_gradients_are_left_alone_by_the_update(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
-    param, grad, target_grad, previous, exp_avg, exp_avg_sq = make_inputs(40, TYPES["float32"])
-    torch.library.opcheck(torch.ops.ssiuu.penalty_, (grad, param, target_grad, previous, 0.3, 2, backend))
+    param, grad, target_grad, previous, exp_avg, exp_avg_sq = ([x] for x in make_inputs(40, TYPES["float32"]))
+    scalars = step_scalars(2, 0.3, torch.device("cpu"), **ADAMW).host
+    torch.library.opcheck(torch.ops.ssiuu.penalty_, (grad, param, target_grad, previous, scalars, None, backend))
+    states = (previous, exp_avg, exp_avg_sq)
     torch.library.opcheck(
-        torch.ops.ssiuu.penalty_adamw_,
-        (param, grad, target_grad, previous, exp_avg, exp_avg_sq, 2, 1e-2, 0.9, 0.99, 1e-8, 0.1, 0.3, backend),
+        torch.ops.ssiuu.penalty_adamw_, (param, grad, target_grad, *states, scalars, None, [7], backend)
     )
+
+
+def test_compiles_into_one_graph():
+    tensors = make_inputs(40, TYPES["float32"])
+    twins = [tensor.clone() for tensor in tensors]
+
+    def update(*tensors):
+        return sk.ops.penalty_adamw_(*tensors, step=2, weight=0.3, **ADAMW).value
+
+    value = torch.compile(update, fullgraph=True, backend="aot_eager")(*tensors)
+    assert torch.allclose(value, update(*twins))
+    assert all(torch.equal(tensor, twin) for tensor, twin in zip(tensors, twins, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("step", [1, 2, 50])
+def test_scalars_from_tensors_equal_those_from_numbers(step, backend):
+    tensors = make_inputs(303, TYPES["float32"])
+    twins = [tensor.clone() for tensor in tensors]
+    stats = sk.ops.penalty_adamw_(*tensors, step=step, weight=0.3, backend=backend, **ADAMW)
+    options = {**ADAMW, "lr": torch.tensor(ADAMW["lr"], dtype=torch.float64)}
+    step, weight = torch.tensor(step), torch.tensor(0.3, dtype=torch.float64)
+    same = sk.ops.penalty_adamw_(*twins, step=step, weight=weight, backend=backend, **options)
+    assert torch.allclose(torch.stack(same), torch.stack(stats), rtol=1e-6)
+    for tensor, twin in zip(tensors, twins, strict=True):
+        assert torch.allclose(tensor, twin, rtol=1e-6, atol=1e-12)
+
+
+MANY = [1, 5000, 0, 33, 8192, 20000, *range(2, 60)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("types", ["float32", "bfloat16"])
+def test_many_equal_one_by_one(types, backend):
+    """More parameters than one table of a launch holds, one of them empty, chunks and their neighbours."""
+    every = [make_inputs(size, TYPES[types]) for size in (MANY if backend != "triton" else MANY[:12])]
+    twins = [[tensor.clone() for tensor in tensors] for tensors in every]
+    options = {"step": 3, "weight": 0.3, "backend": backend, **ADAMW}
+    seeds = list(range(5, 5 + len(every)))
+    total = sk.ops.penalty_adamw_many_(*zip(*every, strict=True), **options, seeds=seeds)
+    parts = [sk.ops.penalty_adamw_(*tensors, **options, seed=seed) for tensors, seed in zip(twins, seeds, strict=True)]
+    for tensors, expected in zip(every, twins, strict=True):
+        assert all(torch.equal(tensor, twin) for tensor, twin in zip(tensors, expected, strict=True))
+    assert torch.allclose(torch.stack(total), torch.stack(sk.PenaltyStats.total(parts)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_penalty_of_many_equals_one_by_one(backend):
+    every = [make_inputs(size, TYPES["float32"])[:4] for size in (7, 600, 31)]
+    twins = [[tensor.clone() for tensor in tensors] for tensors in every]
+    options = {"step": 3, "weight": 0.3, "backend": backend}
+    params, grads, target_grads, previous = zip(*every, strict=True)
+    sk.ops.penalty_many_(grads, params, target_grads, previous, **options)
+    for (param, grad, target_grad, before), tensors in zip(twins, every, strict=True):
+        sk.ops.penalty_(grad, param, target_grad, before, **options)
+        assert torch.equal(tensors[1], grad)
+        assert torch.equal(tensors[3], before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stochastic_rounding_draws_the_same_everywhere(backend):
+    """Every backend rounds to one of the two neighbours, and to that of the reference wherever their floats agree."""
+    tensors = make_inputs(1003, TYPES["bfloat16"])
+    twins = [tensor.clone() for tensor in tensors]
+    options = {"step": 3, "weight": 0.3, "seed": 11, **ADAMW}
+    sk.ops.penalty_adamw_(*tensors, **options, backend=backend)
+    sk.ops.penalty_adamw_(*twins, **options, backend="reference")
+    for tensor, twin in zip(tensors, twins, strict=True):
+        assert (tensor == twin).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stochastic_rounding_keeps_the_mean(backend):
+    """One update of many equal scalars: the mean of the rounded values is the exact one, within five deviations."""
+    size = 1 << 14
+    value = 1 + 2**-7 * 0.3  # three tenths of the way from one bfloat16 number to the next
+    exact = torch.full((size,), value)
+    tensors = [
+        torch.ones(size), torch.zeros(size), torch.full((size,), value), torch.zeros(size), torch.zeros(size),
+        torch.zeros(size),
+    ]  # fmt: skip
+    param, grad, target_grad, previous, exp_avg, exp_avg_sq = tensors
+    previous, exp_avg, exp_avg_sq = (x.bfloat16() for x in (previous, exp_avg, exp_avg_sq))
+    options = {**ADAMW, "step": 1, "weight": 0.0, "seed": 3, "backend": backend}
+    sk.ops.penalty_adamw_(param, grad, target_grad, previous, exp_avg, exp_avg_sq, **options)
+    spacing = 2**-7
+    deviation = spacing / 2 / size**0.5
+    assert abs(previous.double().mean() - exact.double().mean()) < 5 * deviation
+    assert set(previous.unique().tolist()) == {1.0, 1.0 + spacing}
+
+
+def test_stochastic_rounding_depends_on_seed_and_step_alone():
+    def run(**options):
+        torch.manual_seed(0)
+        tensors = make_inputs(500, TYPES["bfloat16"])
+        sk.ops.penalty_adamw_(*tensors, **{"step": 2, "weight": 0.3, "seed": 1, **ADAMW, **options})
+        return tensors[0]
+
+    assert torch.equal(run(), run())
+    assert not torch.equal(run(), run(seed=2))
+    assert not torch.equal(random_bits(1, 2, 50, "cpu")[0], random_bits(1, 3, 50, "cpu")[0])
+
+
+def test_stochastic_rounding_keeps_infinity_and_nan():
+    x = torch.tensor([math.inf, -math.inf, math.nan, 3e38])
+    for bits in (0, 0xFFFF):
+        rounded = round_at_random(x, torch.full((4,), bits))
+        assert rounded[:2].tolist() == [math.inf, -math.inf]
+        assert rounded[2].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_is_not_rounded(backend):
+    tensors = make_inputs(99, TYPES["float32"])
+    twins = [tensor.clone() for tensor in tensors]
+    options = {"step": 3, "weight": 0.3, "backend": backend, **ADAMW}
+    sk.ops.penalty_adamw_(*tensors, **options, seed=11)
+    sk.ops.penalty_adamw_(*twins, **options)
+    assert all(torch.equal(tensor, twin) for tensor, twin in zip(tensors, twins, strict=True))
 
 
 def test_statistics_of_parts_add_up():

@@ -4,6 +4,9 @@
 // brackets are shapes: T rows, F or D columns, B samples, N scalars.
 #pragma once
 
+#include <vector>
+
+#include "ssiuu/step.h"
 #include "ssiuu/types.h"
 
 struct CUstream_st;  // what a cudaStream_t points to
@@ -69,37 +72,29 @@ struct TokenScoresParams {
   float* scores;  // [3, B, D] max, min, sum of z * grad_z; an empty segment scores 0
 };
 
-// Reads grad and writes the sum of grad and the penalty gradient back to it; stores A in prev_attribution.
-struct PenaltyParams {
-  DType param_dtype;
-  DType grad_dtype;   // of grad and target_grad
-  DType state_dtype;  // of prev_attribution
+// One parameter, with what belongs to it.
+struct PenaltyTensors {
   int64_t n;
-  const void* param;        // [N]
+  void* param;              // [N]
   void* grad;               // [N]
   const void* target_grad;  // [N]
   void* prev_attribution;   // [N]
-  double weight;            // lambda
-  int64_t step;             // from 1; the first step only stores A
-  double* stats;            // [5], see PenaltyStats
+  void* exp_avg;            // [N], null without AdamW
+  void* exp_avg_sq;         // [N], null without AdamW
+  uint32_t seed;            // of the stochastic rounding
 };
 
-// The same penalty, fed with grad to AdamW; grad and target_grad are left as they are.
-struct PenaltyAdamWParams {
+// penalty: reads grad, and writes the sum of grad and the penalty gradient back to it. penalty_adamw: feeds that sum to
+// AdamW, and leaves the gradients as they are. Both store A in prev_attribution.
+struct PenaltyParams {
   DType param_dtype;
   DType grad_dtype;   // of grad and target_grad
   DType state_dtype;  // of prev_attribution, exp_avg and exp_avg_sq
-  int64_t n;
-  void* param;              // [N]
-  const void* grad;         // [N]
-  const void* target_grad;  // [N]
-  void* prev_attribution;   // [N]
-  void* exp_avg;            // [N]
-  void* exp_avg_sq;         // [N]
-  int64_t step;             // from 1
-  double lr, beta1, beta2, eps, weight_decay;
-  double weight;  // lambda
-  double* stats;  // [5], see PenaltyStats
+  std::vector<PenaltyTensors> tensors;
+  StepScalars scalars;
+  const StepScalars* device_scalars;  // where the tensors are; null: `scalars` count
+  bool stochastic;                    // AdamW's bfloat16 results are rounded at random
+  double* stats;                      // [5] of all tensors, see PenaltyStats
 };
 
 namespace cpu {
@@ -108,7 +103,7 @@ void hidden_forward(const HiddenForwardParams& params);
 void hidden_backward(const HiddenBackwardParams& params);
 void token_scores(const TokenScoresParams& params);
 void penalty(const PenaltyParams& params);
-void penalty_adamw(const PenaltyAdamWParams& params);
+void penalty_adamw(const PenaltyParams& params);
 
 }  // namespace cpu
 
@@ -120,13 +115,13 @@ using Stream = CUstream_st*;
 
 int64_t hidden_backward_workspace_bytes(int64_t rows, int64_t cols, int64_t num_segments, bool scores);
 int64_t token_scores_workspace_bytes(int64_t rows, int64_t cols, int64_t num_segments);
-int64_t penalty_workspace_bytes(int64_t n);  // of penalty and of penalty_adamw
+int64_t penalty_workspace_bytes(const std::vector<int64_t>& sizes);  // of penalty and of penalty_adamw
 
 void hidden_forward(const HiddenForwardParams& params, void* workspace, Stream stream);  // workspace may be null
 void hidden_backward(const HiddenBackwardParams& params, void* workspace, Stream stream);
 void token_scores(const TokenScoresParams& params, void* workspace, Stream stream);
 void penalty(const PenaltyParams& params, void* workspace, Stream stream);
-void penalty_adamw(const PenaltyAdamWParams& params, void* workspace, Stream stream);
+void penalty_adamw(const PenaltyParams& params, void* workspace, Stream stream);
 
 }  // namespace cuda
 }  // namespace ssiuu

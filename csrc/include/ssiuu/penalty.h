@@ -4,18 +4,15 @@
 #include <cmath>
 
 #include "ssiuu/attribution.h"
-#include "ssiuu/types.h"
+#include "ssiuu/step.h"
 
 namespace ssiuu {
 
-// The scalars of one step.
 struct PenaltyStep {
-  float twice_weight;  // 2 * lambda
-  float threshold;     // A below it is penalised: 0, and -infinity at the first step, which has no A_prev
+  float twice_weight, threshold;
 
-  PenaltyStep() = default;
-  PenaltyStep(double weight, int64_t step)
-      : twice_weight(static_cast<float>(2.0 * weight)), threshold(step < 2 ? -HUGE_VALF : 0.0f) {}
+  explicit SSIUU_HOST_DEVICE PenaltyStep(const StepScalars& s)
+      : twice_weight(static_cast<float>(s.twice_weight)), threshold(static_cast<float>(s.threshold)) {}
 };
 
 struct PenaltyTerm {

@@ -1,47 +1,48 @@
-"""SSIUU's parameter-level penalty (Eq. 6-14, Algorithm 1), alone and fused with the AdamW update."""
+"""The SSIUU penalty on parameters (Eq. 6-14, Algorithm 1), alone or fused with AdamW."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ... import backends
+from .. import native_support, triton_support
 from ..checks import check_float, check_in_place, check_like
-from ..native_support import why_not
 from ..results import PenaltyStats
 from . import native, reference
+from .scalars import StepScalars, step_scalars
 
-backends.register("penalty_", "reference", reference.penalty_)
-backends.register("penalty_", "native", native.penalty_, why_not)
-backends.register("penalty_adamw_", "reference", reference.penalty_adamw_)
-backends.register("penalty_adamw_", "native", native.penalty_adamw_, why_not)
+for _name in ("penalty_", "penalty_adamw_"):
+    backends.register(_name, "reference", getattr(reference, _name))
+    backends.register(_name, "native", getattr(native, _name), native_support.why_not)
+    backends.register(_name, "triton", triton_support.lazily(__name__, _name), triton_support.why_not)
 
 
-@torch.no_grad()
 def penalty_(
     grad: Tensor,
     param: Tensor,
     target_grad: Tensor,
     prev_attribution: Tensor,
     *,
-    weight: float,
-    step: int,
+    weight: float | Tensor,
+    step: int | Tensor,
     backend: str = "auto",
 ) -> PenaltyStats:
     """Add the penalty's gradient to `grad` and remember the attribution, in place and in one pass.
 
     With `A_t = param * target_grad` and `I- = {A_t < 0}`: `grad += 2 weight (A_t - A_{t-1}) target_grad` on I-, and
-    `prev_attribution = A_t` everywhere.
+    `prev_attribution = A_t` everywhere. Reads four tensors and writes two.
 
     Args:
         grad: `dL`, any shape, contiguous; float32, bfloat16, float16 or float64; overwritten.
         param: the parameter phi, shaped like grad.
         target_grad: `gP = sum_b dP_b / dphi`, shaped and typed like grad.
         prev_attribution: `A_{t-1}`, shaped like grad, of any of these types; overwritten with `A_t`.
-        weight: lambda, >= 0.
-        step: counted from 1; step 1 has no `A_{t-1}`, so it only stores `A_1`.
+        weight: lambda, >= 0; a number, or a 0-dim tensor, which is not read on the host.
+        step: counted from 1; step 1 has no `A_{t-1}`, so it only stores `A_1`. A number, or a 0-dim tensor.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -51,12 +52,43 @@ def penalty_(
         ValueError, TypeError: arguments of another shape, type, device or layout, or that share memory; a negative or
             non-finite weight; step < 1; a backend that cannot run.
     """
-    _check_penalty(param, grad, target_grad, weight, step, prev_attribution=prev_attribution)
-    sums = _penalty(grad, param, target_grad, prev_attribution, float(weight), step, backends.check_backend(backend))
-    return PenaltyStats.from_sums(sums)
+    return penalty_many_([grad], [param], [target_grad], [prev_attribution], weight=weight, step=step, backend=backend)
 
 
 @torch.no_grad()
+def penalty_many_(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    target_grads: Sequence[Tensor],
+    prev_attributions: Sequence[Tensor],
+    *,
+    weight: float | Tensor,
+    step: int | Tensor,
+    backend: str = "auto",
+) -> PenaltyStats:
+    """`penalty_` of many parameters, in one launch where the backend can: for the many small ones.
+
+    Args:
+        grads, params, target_grads, prev_attributions: one entry a parameter, each as in `penalty_`; all parameters of
+            one type and on one device, and so the others.
+        weight, step, backend: as in `penalty_`.
+
+    Returns:
+        `PenaltyStats` of all parameters together.
+
+    Raises:
+        ValueError, TypeError: as `penalty_`, of the parameter that is named; lists that are empty or of different
+            lengths.
+    """
+    lists = {
+        "grad": list(grads), "param": list(params), "target_grad": list(target_grads),
+        "prev_attribution": list(prev_attributions),
+    }  # fmt: skip
+    _check(lists, weight, step)
+    scalars = step_scalars(step, weight, lists["param"][0].device)
+    return PenaltyStats.from_sums(_penalty(*lists.values(), *scalars, backends.check_backend(backend)))
+
+
 def penalty_adamw_(
     param: Tensor,
     grad: Tensor,
@@ -65,12 +97,13 @@ def penalty_adamw_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    weight: float,
+    weight: float | Tensor,
+    seed: int | None = None,
     backend: str = "auto",
 ) -> PenaltyStats:
     """The penalty of `penalty_` and the update of `torch.optim.AdamW` in one pass over memory.
@@ -82,9 +115,12 @@ def penalty_adamw_(
         grad, target_grad: `dL` and `gP`, shaped like param, of one type; left as they are.
         prev_attribution, exp_avg, exp_avg_sq: `A_{t-1}` and AdamW's moments, shaped like param, of one type;
             overwritten.
-        step: counted from 1; step 1 stores `A_1` and applies no penalty.
+        step: counted from 1; step 1 stores `A_1` and applies no penalty. A number, or a 0-dim tensor, which is not read
+            on the host; so also lr and weight.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         weight: lambda, >= 0; at 0 the update is AdamW's.
+        seed: None rounds to nearest. A number rounds the bfloat16 tensors that are written up or down at random, so
+            that their mean is kept; the draws depend on seed, step and an element's place, and on nothing else.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -93,71 +129,139 @@ def penalty_adamw_(
     Raises:
         ValueError, TypeError: as `penalty_`.
     """
-    states = {"prev_attribution": prev_attribution, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    _check_penalty(param, grad, target_grad, weight, step, **states)
-    for name in ("exp_avg", "exp_avg_sq"):
-        check_like(name, states[name], "prev_attribution", prev_attribution)
-    sums = _penalty_adamw(
-        param, grad, target_grad, prev_attribution, exp_avg, exp_avg_sq, step,
-        float(lr), float(betas[0]), float(betas[1]), float(eps), float(weight_decay), float(weight),
-        backends.check_backend(backend),
+    return penalty_adamw_many_(
+        [param], [grad], [target_grad], [prev_attribution], [exp_avg], [exp_avg_sq],
+        step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, weight=weight,
+        seeds=None if seed is None else [seed], backend=backend,
     )  # fmt: skip
-    return PenaltyStats.from_sums(sums)
 
 
-def _check_penalty(param: Tensor, grad: Tensor, target_grad: Tensor, weight: float, step: int, **states: Tensor):
-    check_float("param", param)
-    check_like("grad", grad, "param", param, dtype=False)
-    check_like("target_grad", target_grad, "grad", grad)
-    for name, state in states.items():
-        check_like(name, state, "param", param, dtype=False)
-    if any((t.dtype == torch.float64) != (param.dtype == torch.float64) for t in (grad, *states.values())):
-        raise ValueError("float64 mixes with no other type: pass every tensor in float64, or none")
-    if not torch.compiler.is_compiling():  # addresses exist at run time only
-        check_in_place(param=param, grad=grad, target_grad=target_grad, **states)
-    if not math.isfinite(weight) or weight < 0:
+@torch.no_grad()
+def penalty_adamw_many_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    target_grads: Sequence[Tensor],
+    prev_attributions: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int | Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    weight: float | Tensor,
+    seeds: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> PenaltyStats:
+    """`penalty_adamw_` of many parameters, in one launch where the backend can: for the many small ones.
+
+    Args:
+        params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs: one entry a parameter, each as in
+            `penalty_adamw_`; all parameters of one type and on one device, and so the others.
+        step, lr, betas, eps, weight_decay, weight, backend: as in `penalty_adamw_`.
+        seeds: one for each parameter, or None.
+
+    Returns:
+        `PenaltyStats` of all parameters together.
+
+    Raises:
+        ValueError, TypeError: as `penalty_adamw_`, of the parameter that is named; lists that are empty or of different
+            lengths.
+    """
+    lists = {
+        "param": list(params), "grad": list(grads), "target_grad": list(target_grads),
+        "prev_attribution": list(prev_attributions), "exp_avg": list(exp_avgs), "exp_avg_sq": list(exp_avg_sqs),
+    }  # fmt: skip
+    _check(lists, weight, step)
+    if seeds is not None and len(seeds) != len(lists["param"]):
+        raise ValueError(f"seeds has {len(seeds)} entries; expected one for each of {len(lists['param'])} parameters")
+    scalars = step_scalars(step, weight, lists["param"][0].device, lr, betas, eps, weight_decay)
+    # 31 bits, which every backend can take as a number.
+    seeds = None if seeds is None else [seed & 0x7FFFFFFF for seed in seeds]
+    return PenaltyStats.from_sums(_penalty_adamw(*lists.values(), *scalars, seeds, backends.check_backend(backend)))
+
+
+def _check(lists: dict[str, list[Tensor]], weight: float | Tensor, step: int | Tensor) -> None:
+    counts = {name: len(tensors) for name, tensors in lists.items()}
+    if len(set(counts.values())) > 1 or not counts["param"]:
+        raise ValueError(
+            f"the lists have {counts} entries; expected one a parameter in each, and at least one parameter"
+        )
+    first = {name: tensors[0] for name, tensors in lists.items()}
+    for index, tensors in enumerate(zip(*lists.values(), strict=True)):
+        named = dict(zip(lists, tensors, strict=True))
+        suffix = f"[{index}]" if counts["param"] > 1 else ""
+        _check_one({f"{name}{suffix}": tensor for name, tensor in named.items()})
+        for name, tensor in named.items():
+            if tensor.dtype != first[name].dtype or tensor.device != first[name].device:
+                raise ValueError(
+                    f"{name}[{index}] is {tensor.dtype} on {tensor.device} and {name}[0] {first[name].dtype} on "
+                    f"{first[name].device}; pass parameters of one type and device, and others in another call"
+                )
+    if not isinstance(weight, Tensor) and (not math.isfinite(weight) or weight < 0):
         raise ValueError(f"weight={weight} is no penalty weight; expected a finite number >= 0")
-    if step < 1:
+    if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"step={step}; expected steps counted from 1")
 
 
-@torch.library.custom_op("ssiuu::penalty_", mutates_args=("grad", "prev_attribution"))
+def _check_one(tensors: dict[str, Tensor]) -> None:
+    """The tensors of one parameter, under the names by which errors call them."""
+    names = {name.partition("[")[0]: name for name in tensors}
+    param = tensors[names["param"]]
+    check_float(names["param"], param)
+    check_like(names["grad"], tensors[names["grad"]], names["param"], param, dtype=False)
+    check_like(names["target_grad"], tensors[names["target_grad"]], names["grad"], tensors[names["grad"]])
+    state = names["prev_attribution"]
+    check_like(state, tensors[state], names["param"], param, dtype=False)
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name in names:
+            check_like(names[name], tensors[names[name]], state, tensors[state])
+    if any((tensor.dtype == torch.float64) != (param.dtype == torch.float64) for tensor in tensors.values()):
+        raise ValueError("float64 mixes with no other type: pass every tensor in float64, or none")
+    if not torch.compiler.is_compiling():  # addresses exist at run time only
+        check_in_place(**tensors)
+
+
+@torch.library.custom_op("ssiuu::penalty_", mutates_args=("grads", "prev_attributions"))
 def _penalty(
-    grad: Tensor, param: Tensor, target_grad: Tensor, prev_attribution: Tensor, weight: float, step: int, backend: str
-) -> Tensor:
-    run = backends.select("penalty_", backend, grad, param, target_grad, prev_attribution)
-    return run(grad, param, target_grad, prev_attribution, weight, step)
-
-
-@torch.library.custom_op("ssiuu::penalty_adamw_", mutates_args=("param", "prev_attribution", "exp_avg", "exp_avg_sq"))
-def _penalty_adamw(
-    param: Tensor,
-    grad: Tensor,
-    target_grad: Tensor,
-    prev_attribution: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    weight: float,
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    target_grads: Sequence[Tensor],
+    prev_attributions: Sequence[Tensor],
+    host_scalars: Sequence[float],
+    device_scalars: Tensor | None,
     backend: str,
 ) -> Tensor:
-    run = backends.select("penalty_adamw_", backend, param, grad, target_grad, prev_attribution, exp_avg, exp_avg_sq)
-    return run(
-        param, grad, target_grad, prev_attribution, exp_avg, exp_avg_sq,
-        step, lr, beta1, beta2, eps, weight_decay, weight,
-    )  # fmt: skip
+    run = backends.select("penalty_", backend, params[0], grads[0], prev_attributions[0])
+    return run(grads, params, target_grads, prev_attributions, StepScalars(list(host_scalars), device_scalars))
+
+
+@torch.library.custom_op(
+    "ssiuu::penalty_adamw_", mutates_args=("params", "prev_attributions", "exp_avgs", "exp_avg_sqs")
+)
+def _penalty_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    target_grads: Sequence[Tensor],
+    prev_attributions: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    host_scalars: Sequence[float],
+    device_scalars: Tensor | None,
+    seeds: Sequence[int] | None,
+    backend: str,
+) -> Tensor:
+    run = backends.select("penalty_adamw_", backend, params[0], grads[0], prev_attributions[0])
+    scalars = StepScalars(list(host_scalars), device_scalars)
+    return run(params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs, scalars, seeds)
 
 
 @_penalty.register_fake
-def _(grad, *_):
-    return grad.new_empty(5, dtype=torch.float64)
+def _(grads, *_):
+    return grads[0].new_empty(5, dtype=torch.float64)
 
 
 @_penalty_adamw.register_fake
-def _(param, *_):
-    return param.new_empty(5, dtype=torch.float64)
+def _(params, *_):
+    return params[0].new_empty(5, dtype=torch.float64)

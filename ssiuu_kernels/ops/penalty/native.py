@@ -1,46 +1,52 @@
-"""`penalty_` and `penalty_adamw_` on the compiled CPU kernels (csrc/cpu)."""
+"""`penalty_` and `penalty_adamw_` on the compiled kernels (csrc/cpu, csrc/cuda): one launch for many parameters."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...backends import native_module
-from ..native_support import DTYPE_CODES
+from ..native_support import DTYPE_CODES, call
+from .scalars import StepScalars
 
 
 def penalty_(
-    grad: Tensor, param: Tensor, target_grad: Tensor, prev_attribution: Tensor, weight: float, step: int
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    target_grads: Sequence[Tensor],
+    prev_attributions: Sequence[Tensor],
+    scalars: StepScalars,
 ) -> Tensor:
-    sums = torch.empty(5, dtype=torch.float64)
-    native_module().penalty_cpu(
-        DTYPE_CODES[param.dtype], DTYPE_CODES[grad.dtype], DTYPE_CODES[prev_attribution.dtype], param.numel(),
-        param.data_ptr(), grad.data_ptr(), target_grad.data_ptr(), prev_attribution.data_ptr(),
-        weight, step, sums.data_ptr(),
-    )  # fmt: skip
-    return sums
+    return _run("penalty", params, grads, target_grads, prev_attributions, None, None, scalars, None)
 
 
 def penalty_adamw_(
-    param: Tensor,
-    grad: Tensor,
-    target_grad: Tensor,
-    prev_attribution: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    weight: float,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    target_grads: Sequence[Tensor],
+    prev_attributions: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    scalars: StepScalars,
+    seeds: Sequence[int] | None,
 ) -> Tensor:
-    sums = torch.empty(5, dtype=torch.float64)
-    native_module().penalty_adamw_cpu(
-        DTYPE_CODES[param.dtype], DTYPE_CODES[grad.dtype], DTYPE_CODES[prev_attribution.dtype], param.numel(),
-        param.data_ptr(), grad.data_ptr(), target_grad.data_ptr(), prev_attribution.data_ptr(),
-        exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-        step, lr, beta1, beta2, eps, weight_decay, weight, sums.data_ptr(),
+    tensors = (params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs)
+    return _run("penalty_adamw", *tensors, scalars, seeds)
+
+
+def _run(op, params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs, scalars, seeds) -> Tensor:
+    sizes = [param.numel() for param in params]
+    sums = torch.empty(5, dtype=torch.float64, device=params[0].device)
+    lists = (params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs)
+    call(
+        op, params[0], *(DTYPE_CODES[tensors[0].dtype] for tensors in (params, grads, prev_attributions)),
+        sizes, *(_addresses(tensors, len(sizes)) for tensors in lists), [seed & 0xFFFFFFFF for seed in seeds or ()],
+        scalars.host, 0 if scalars.device is None else scalars.device.data_ptr(), sums.data_ptr(),
+        workspace=(sizes,),
     )  # fmt: skip
     return sums
+
+
+def _addresses(tensors: Sequence[Tensor] | None, count: int) -> list[int]:
+    return [0] * count if tensors is None else [tensor.data_ptr() for tensor in tensors]

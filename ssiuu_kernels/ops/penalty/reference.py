@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..precision import compute_dtype
+from .rounding import random_bits, round_at_random
+from .scalars import FIELDS, StepScalars
+
+
+def _as_dict(scalars: StepScalars, dtype: torch.dtype) -> dict[str, float | Tensor]:
+    values = scalars.host if scalars.device is None else scalars.device.to(dtype).unbind()
+    return dict(zip(FIELDS, values, strict=True))
 
 
 def penalty_gradient(
-    param: Tensor, grad: Tensor, target_grad: Tensor, prev_attribution: Tensor, weight: float, step: int
-) -> tuple[Tensor, Tensor]:
-    """`2 lambda (A_t - A_{t-1}) gP` where `A_t < 0`, else 0 (Eq. 6-14), with its sums; stores `A_t`.
+    param: Tensor, grad: Tensor, target_grad: Tensor, prev_attribution: Tensor, s: dict[str, float | Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`2 lambda (A_t - A_{t-1}) gP` where `A_t < 0`, else 0 (Eq. 6-14), with its sums.
 
     Args:
         param, grad, target_grad: phi, dL and gP, any one shape, in the computing type.
-        prev_attribution: `A_{t-1}`, overwritten with `A_t`.
-        weight: lambda.
-        step: 1 for the first, which has no `A_{t-1}` and so no penalty.
+        prev_attribution: `A_{t-1}`.
+        s: the step's scalars; at the first step the threshold is -infinity, so that there is no penalty.
 
     Returns:
-        The penalty gradient, and the float64 `[5]` of `PenaltyStats.from_sums`.
+        The penalty gradient, `A_t`, and the float64 `[5]` of `PenaltyStats.from_sums`.
     """
     attribution = param * target_grad
-    negative = attribution < 0
-    if step == 1:
-        change = torch.zeros_like(attribution)
-    else:
-        change = (attribution - prev_attribution.to(attribution.dtype)).masked_fill_(~negative, 0)
-    prev_attribution.copy_(attribution)
+    change = (attribution - prev_attribution.to(attribution.dtype)).masked_fill_(~(attribution < s["threshold"]), 0)
     value = _sum_of_squares(change)
-    penalty_grad = change.mul_(2 * weight).mul_(target_grad)
+    penalty_grad = change.mul_(s["twice_weight"]).mul_(target_grad)
     outweighed = penalty_grad.abs() > grad.abs()  # nowhere outside I-, where the penalty gradient is 0
-    counts = (outweighed.count_nonzero().double(), negative.count_nonzero().double())
-    return penalty_grad, torch.stack([value, _sum_of_squares(penalty_grad), _sum_of_squares(grad), *counts])
+    counts = (outweighed.count_nonzero().double(), (attribution < 0).count_nonzero().double())
+    sums = torch.stack([value, _sum_of_squares(penalty_grad), _sum_of_squares(grad), *counts])
+    return penalty_grad, attribution, sums
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
@@ -48,42 +50,62 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 
 
 def penalty_(
-    grad: Tensor, param: Tensor, target_grad: Tensor, prev_attribution: Tensor, weight: float, step: int
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    target_grads: Sequence[Tensor],
+    prev_attributions: Sequence[Tensor],
+    scalars: StepScalars,
 ) -> Tensor:
-    dtype = compute_dtype(param.dtype)
-    loss_grad = grad.to(dtype)
-    penalty_grad, sums = penalty_gradient(
-        param.to(dtype), loss_grad, target_grad.to(dtype), prev_attribution, weight, step
-    )
-    grad.copy_(penalty_grad.add_(loss_grad))
-    return sums
+    dtype = compute_dtype(params[0].dtype)
+    s = _as_dict(scalars, dtype)
+    total = torch.zeros(5, dtype=torch.float64, device=params[0].device)
+    for grad, param, target_grad, prev_attribution in zip(grads, params, target_grads, prev_attributions, strict=True):
+        loss_grad = grad.to(dtype)
+        penalty_grad, attribution, sums = penalty_gradient(
+            param.to(dtype), loss_grad, target_grad.to(dtype), prev_attribution, s
+        )
+        prev_attribution.copy_(attribution)
+        grad.copy_(penalty_grad.add_(loss_grad))
+        total += sums
+    return total
 
 
 def penalty_adamw_(
-    param: Tensor,
-    grad: Tensor,
-    target_grad: Tensor,
-    prev_attribution: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    weight: float,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    target_grads: Sequence[Tensor],
+    prev_attributions: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    scalars: StepScalars,
+    seeds: Sequence[int] | None,
 ) -> Tensor:
-    dtype = compute_dtype(param.dtype)
-    loss_grad, old = grad.to(dtype), param.to(dtype)
-    penalty_grad, sums = penalty_gradient(old, loss_grad, target_grad.to(dtype), prev_attribution, weight, step)
-    total = penalty_grad.add_(loss_grad)
-    # AdamW as torch.optim.AdamW: decay first, then the bias-corrected step. `to` is a no-op in float32.
-    mean = exp_avg.to(dtype).lerp_(total, 1 - beta1)
-    square = exp_avg_sq.to(dtype).mul_(beta2).addcmul_(total, total, value=1 - beta2)
-    denominator = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    new = old.mul_(1 - lr * weight_decay).addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
-    for stored, computed in ((param, new), (exp_avg, mean), (exp_avg_sq, square)):
-        if stored is not computed:
-            stored.copy_(computed)
-    return sums
+    dtype = compute_dtype(params[0].dtype)
+    s = _as_dict(scalars, dtype)
+    total = torch.zeros(5, dtype=torch.float64, device=params[0].device)
+    for i, param in enumerate(params):
+        loss_grad, old = grads[i].to(dtype), param.to(dtype)
+        penalty_grad, attribution, sums = penalty_gradient(
+            old, loss_grad, target_grads[i].to(dtype), prev_attributions[i], s
+        )
+        update = penalty_grad.add_(loss_grad)
+        # AdamW as torch.optim.AdamW: decay first, then the bias-corrected step. `to` is a no-op in float32.
+        mean, square = exp_avgs[i].to(dtype), exp_avg_sqs[i].to(dtype)
+        mean = mean.add_((update - mean).mul_(s["one_minus_beta1"]))
+        square = square.mul_(s["beta2"]).add_(update.square_().mul_(s["one_minus_beta2"]))
+        denominator = square.sqrt().mul_(s["inv_sqrt_bias_correct2"]).add_(s["eps"])
+        new = old.mul_(s["decay"]).sub_((mean / denominator).mul_(s["step_size"]))
+        results = (new, attribution, mean, square)
+        bits = [None] * 4 if seeds is None else random_bits(seeds[i], s["step"], param.numel(), param.device)
+        targets = (param, prev_attributions[i], exp_avgs[i], exp_avg_sqs[i])
+        for target, result, draw in zip(targets, results, bits, strict=True):
+            _store(target, result, draw)
+        total += sums
+    return total
+
+
+def _store(target: Tensor, result: Tensor, bits: Tensor | None) -> None:
+    if bits is not None and target.dtype == torch.bfloat16:
+        result = round_at_random(result, bits)
+    if target is not result:
+        target.copy_(result)

@@ -1,0 +1,56 @@
+"""The scalars of one step, derived here alone; csrc/include/ssiuu/step.h names them in this order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FIELDS = (
+    "decay",  # 1 - lr * weight_decay
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "step_size",  # lr / (1 - beta1^step)
+    "inv_sqrt_bias_correct2",  # 1 / sqrt(1 - beta2^step)
+    "eps",
+    "twice_weight",  # 2 * lambda
+    "threshold",  # A below it is penalised: 0, and -infinity at the first step, which has no A_{t-1}
+    "step",
+)
+
+
+class StepScalars(NamedTuple):
+    """The scalars of `FIELDS`; `device`, float64 `[10]` where the parameters are, counts where it is not None."""
+
+    host: list[float]
+    device: Tensor | None
+
+
+def step_scalars(
+    step: int | Tensor,
+    weight: float | Tensor,
+    device: torch.device,
+    lr: float | Tensor = 0.0,
+    betas: tuple[float, float] = (0.0, 0.0),
+    eps: float = 0.0,
+    weight_decay: float = 0.0,
+) -> StepScalars:
+    """Derived from numbers on the host; or, where step, weight or lr is a tensor, on its device without reading it."""
+    if not any(isinstance(value, Tensor) for value in (step, weight, lr)):
+        threshold = 0.0 if step > 1 else -math.inf
+        return StepScalars([*_adamw(step, lr, betas, eps, weight_decay, math.sqrt), 2 * weight, threshold, step], None)
+    step, weight, lr = (torch.as_tensor(value, dtype=torch.float64, device=device) for value in (step, weight, lr))
+    threshold = torch.where(step > 1, 0.0, -math.inf)
+    derived = [*_adamw(step, lr, betas, eps, weight_decay, torch.sqrt), 2 * weight, threshold, step]
+    columns = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in derived]
+    return StepScalars([0.0] * len(FIELDS), torch.stack(columns))
+
+
+def _adamw(step, lr, betas, eps, weight_decay, sqrt) -> Sequence:
+    beta1, beta2 = betas
+    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
+    return 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / bias1, 1 / sqrt(bias2), eps

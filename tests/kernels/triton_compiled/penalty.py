@@ -1,0 +1,31 @@
+"""Launches of `penalty_` and `penalty_adamw_`."""
+
+from ssiuu_kernels.ops.penalty import triton as penalty
+from ssiuu_kernels.ops.penalty.scalars import FIELDS
+
+from .case import Case
+
+
+def launch(element, adamw, stochastic=False, device_scalars=False):
+    tensors = ("param", "grad", "target_grad", "prev_attribution", "exp_avg", "exp_avg_sq")
+    types = {
+        **dict.fromkeys(tensors, f"*{element}"), "sums": "*fp64", "device_scalars": "*fp64", "n": "i32", "seed": "i32",
+        **dict.fromkeys(FIELDS, "fp32"),
+    }  # fmt: skip
+    constants = {
+        "ADAMW": adamw, "STOCHASTIC": stochastic, "DEVICE_SCALARS": device_scalars, "CHUNK": penalty.CHUNK,
+        "BLOCK": penalty.BLOCK,
+    }  # fmt: skip
+    extras = " stochastic" * stochastic + " device scalars" * device_scalars
+    name = f"{'penalty_adamw_' if adamw else 'penalty_'}{extras} {element}"
+    return Case(name, penalty.penalty_kernel, types, constants, penalty.NUM_WARPS, unaligned=("seed",))
+
+
+CASES = [
+    launch("fp32", adamw=False),
+    launch("bf16", adamw=False),
+    launch("fp32", adamw=True),
+    launch("bf16", adamw=True),
+    launch("bf16", adamw=True, stochastic=True),
+    launch("bf16", adamw=True, device_scalars=True),
+]
