@@ -1,4 +1,4 @@
-"""`penalty_` and `penalty_adamw_` in Triton: a program takes one chunk of one parameter."""
+"""`penalty_` and `penalty_adamw_` in Triton: a program takes one chunk of one of a launch's parameters."""
 
 from __future__ import annotations
 
@@ -62,33 +62,20 @@ def sum_of_squares(x):
 
 
 @triton.jit
-def penalty_kernel(
-    param,  # [N]
-    grad,  # [N]
-    target_grad,  # [N]
-    prev_attribution,  # [N]
-    exp_avg,  # [N], not used unless ADAMW
-    exp_avg_sq,  # [N], not used unless ADAMW
-    sums,  # float64 [programs, 5]
-    device_scalars,  # float64 [10], read if DEVICE_SCALARS
-    n,
-    seed,
-    decay,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    step_size,
-    inv_sqrt_bias_correct2,
-    eps,
-    twice_weight,
-    threshold,
-    step,
-    ADAMW: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    DEVICE_SCALARS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def rounding_key(seed, step):
+    step = (tl.zeros([], tl.float32) + step).to(tl.uint32)
+    return mix_bits(mix_bits((tl.zeros([], tl.int64) + seed).to(tl.uint32)) ^ step)
+
+
+@triton.jit
+def penalty_chunk(
+    param, grad, target_grad, prev_attribution, exp_avg, exp_avg_sq, n, chunk, sums, device_scalars, seed,
+    decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correct2, eps, twice_weight,
+    threshold, step,
+    ADAMW: tl.constexpr, STOCHASTIC: tl.constexpr, DEVICE_SCALARS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scalars [chunk * CHUNK, (chunk + 1) * CHUNK) of one parameter; see `penalty_kernel`."""
     if DEVICE_SCALARS:
         decay = tl.load(device_scalars).to(tl.float32)
         one_minus_beta1 = tl.load(device_scalars + 1).to(tl.float32)
@@ -100,15 +87,14 @@ def penalty_kernel(
         twice_weight = tl.load(device_scalars + 7).to(tl.float32)
         threshold = tl.load(device_scalars + 8).to(tl.float32)
         step = tl.load(device_scalars + 9).to(tl.float32)
-    key = mix_bits(mix_bits(tl.full([], seed, tl.uint32)) ^ (tl.zeros([], tl.float32) + step).to(tl.uint32))
-    program = tl.program_id(0)
+    key = rounding_key(seed, step)
     value = tl.zeros([], tl.float64)
     penalty_square = tl.zeros([], tl.float64)
     loss_square = tl.zeros([], tl.float64)
     outweighed = tl.zeros([], tl.int32)
     negative = tl.zeros([], tl.int32)
     for start in range(0, CHUNK, BLOCK):
-        index = program.to(tl.int64) * CHUNK + start + tl.arange(0, BLOCK)
+        index = chunk.to(tl.int64) * CHUNK + start + tl.arange(0, BLOCK)
         inside = index < n
         w = tl.load(param + index, mask=inside, other=0.0).to(tl.float32)
         loss_grad = tl.load(grad + index, mask=inside, other=0.0).to(tl.float32)
@@ -141,12 +127,74 @@ def penalty_kernel(
         else:
             tl.store(grad + index, total.to(grad.dtype.element_ty), mask=inside)
             tl.store(prev_attribution + index, attribution.to(prev_attribution.dtype.element_ty), mask=inside)
-    row = sums + program * 5
+    row = sums + tl.program_id(0) * 5
     tl.store(row, value)
     tl.store(row + 1, penalty_square)
     tl.store(row + 2, loss_square)
     tl.store(row + 3, outweighed.to(tl.float64))
     tl.store(row + 4, negative.to(tl.float64))
+
+
+@triton.jit
+def penalty_kernel(
+    param,  # [N]
+    grad,  # [N]
+    target_grad,  # [N]
+    prev_attribution,  # [N]
+    exp_avg,  # [N], not used unless ADAMW
+    exp_avg_sq,  # [N], not used unless ADAMW
+    sums,  # float64 [programs, 5]
+    device_scalars,  # float64 [10], read if DEVICE_SCALARS
+    n,
+    seed,
+    decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correct2, eps, twice_weight,
+    threshold, step,
+    ADAMW: tl.constexpr, STOCHASTIC: tl.constexpr, DEVICE_SCALARS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    penalty_chunk(
+        param, grad, target_grad, prev_attribution, exp_avg, exp_avg_sq, n, tl.program_id(0), sums, device_scalars,
+        seed, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correct2, eps, twice_weight,
+        threshold, step, ADAMW, STOCHASTIC, DEVICE_SCALARS, CHUNK, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def penalty_many_kernel(
+    table,  # int64 [9, parameters]: addresses of the six tensors, sizes, seeds, first programs
+    parameters,
+    sums,  # float64 [programs, 5]
+    device_scalars,  # float64 [10], read if DEVICE_SCALARS
+    decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correct2, eps, twice_weight,
+    threshold, step,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
+    ADAMW: tl.constexpr, STOCHASTIC: tl.constexpr, DEVICE_SCALARS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    low = 0
+    high = parameters
+    while high - low > 1:
+        middle = (low + high) // 2
+        started = tl.load(table + 8 * parameters + middle) <= program
+        low = tl.where(started, middle, low)
+        high = tl.where(started, high, middle)
+    entry = table + low
+    penalty_chunk(
+        address(entry, PARAM, ALIGNED), address(entry + parameters, GRAD, ALIGNED),
+        address(entry + 2 * parameters, GRAD, ALIGNED), address(entry + 3 * parameters, STATE, ALIGNED),
+        address(entry + 4 * parameters, STATE, ALIGNED), address(entry + 5 * parameters, STATE, ALIGNED),
+        tl.load(entry + 6 * parameters), program - tl.load(entry + 8 * parameters), sums, device_scalars,
+        tl.load(entry + 7 * parameters), decay, one_minus_beta1, beta2, one_minus_beta2, step_size,
+        inv_sqrt_bias_correct2, eps, twice_weight, threshold, step,
+        ADAMW, STOCHASTIC, DEVICE_SCALARS, CHUNK, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def address(entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(entry).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 def penalty_(
@@ -173,20 +221,48 @@ def penalty_adamw_(
 
 
 def _run(params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs, scalars, seeds) -> Tensor:
-    """One launch a parameter, and one reduction of all their partial sums."""
     programs = [triton.cdiv(param.numel(), CHUNK) for param in params]
     sums = torch.zeros((sum(programs), 5), dtype=torch.float64, device=params[0].device)
+    adamw = exp_avgs is not None
+    states = (exp_avgs, exp_avg_sqs) if adamw else (params, params)
+    lists = (params, grads, target_grads, prev_attributions, *states)
+    numbers = dict(zip(FIELDS, scalars.host, strict=True))
+    common = {
+        "ADAMW": adamw, "STOCHASTIC": seeds is not None, "DEVICE_SCALARS": scalars.device is not None,
+        "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
+    }  # fmt: skip
     device_scalars = sums if scalars.device is None else scalars.device
-    done = 0
-    for i, (param, count) in enumerate(zip(params, programs, strict=True)):
-        if count == 0:
-            continue
-        states = (param, param) if exp_avgs is None else (exp_avgs[i], exp_avg_sqs[i])
-        penalty_kernel[(count,)](
-            param, grads[i], target_grads[i], prev_attributions[i], *states, sums[done:], device_scalars,
-            param.numel(), 0 if seeds is None else seeds[i], **dict(zip(FIELDS, scalars.host, strict=True)),
-            ADAMW=exp_avgs is not None, STOCHASTIC=seeds is not None, DEVICE_SCALARS=scalars.device is not None,
-            CHUNK=CHUNK, BLOCK=BLOCK, num_warps=NUM_WARPS,
-        )  # fmt: skip
-        done += count
+    seeds = [0] * len(params) if seeds is None else seeds
+    if not len(sums):
+        return sums.sum(0)
+    if len(params) == 1:
+        tensors = (tensors[0] for tensors in lists)
+        penalty_kernel[(len(sums),)](*tensors, sums, device_scalars, params[0].numel(), seeds[0], **numbers, **common)
+    else:
+        table, aligned = _address_table(lists, seeds, programs)
+        kinds = {"PARAM": params, "GRAD": grads, "STATE": prev_attributions}
+        types = {name: _TYPES[tensors[0].dtype] for name, tensors in kinds.items()}
+        penalty_many_kernel[(len(sums),)](
+            table, table.shape[1], sums, device_scalars, **numbers, **types, ALIGNED=aligned, **common
+        )
     return sums.sum(0)
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_captured_tables: list[Tensor] = []  # a captured graph reads its table again at every replay
+
+
+def _address_table(lists, seeds, programs) -> tuple[Tensor, bool]:
+    """The table of `penalty_many_kernel`, and whether all addresses are divisible by 16."""
+    filled = [i for i, count in enumerate(programs) if count]
+    addresses = [[tensors[i].data_ptr() for i in filled] for tensors in lists]
+    first = [sum(programs[:i]) for i in filled]
+    sizes = [lists[0][i].numel() for i in filled]
+    table = torch.tensor([*addresses, sizes, [seeds[i] for i in filled], first], dtype=torch.int64, device="cpu")
+    device = lists[0][0].device
+    if device.type == "cuda":  # from pinned memory the copy waits for nothing
+        table = table.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            _captured_tables.append(table)
+        table = table.to(device, non_blocking=True)
+    return table, all(a % 16 == 0 for row in addresses for a in row)
