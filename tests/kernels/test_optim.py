@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
+from ssiuu_kernels import optim
 from ssiuu_kernels.optim import steered_weight
 
 from .models import logits_of, tiny_batch, tiny_model
@@ -183,12 +184,154 @@ def test_the_share_reaches_the_one_asked_for():
     assert optimizer.penalty_weight > 1
 
 
+def steered(weight, share):
+    return steered_weight(torch.tensor(weight), torch.tensor(share), 0.25).item()
+
+
 def test_steering_moves_towards_the_share_wanted():
-    assert steered_weight(2.0, 0.25, 0.25) == pytest.approx(2.0)
-    assert steered_weight(2.0, 0.1, 0.25) > 2.0
-    assert steered_weight(2.0, 0.6, 0.25) < 2.0
-    assert steered_weight(2.0, 0.0, 0.25) == pytest.approx(2000.0)
-    assert math.isfinite(steered_weight(2.0, 1.0, 0.25))
+    assert steered(2.0, 0.25) == pytest.approx(2.0)
+    assert steered(2.0, 0.1) > 2.0
+    assert steered(2.0, 0.6) < 2.0
+    assert steered(2.0, 0.0) == pytest.approx(2000.0)
+    assert math.isfinite(steered(2.0, 1.0))
+
+
+def many_parameters(dtype=torch.float32):
+    return [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in ((30,), (5, 7), (1,), (64, 3))]
+
+
+def give_gradients(params):
+    for param in params:
+        param.grad, param.target_grad = torch.randn_like(param), torch.randn_like(param)
+
+
+def twins(params):
+    copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    for param, twin in zip(params, copies, strict=True):
+        twin.grad, twin.target_grad = param.grad.clone(), param.target_grad.clone()
+    return copies
+
+
+def test_parameters_in_one_launch_are_updated_as_one_by_one(monkeypatch):
+    params = many_parameters()
+    give_gradients(params)
+    others = twins(params)
+    together, alone = sk.SsiuuAdamW(params, lr=0.1), sk.SsiuuAdamW(others, lr=0.1)
+    together.step()
+    monkeypatch.setattr(optim, "SMALL", 0)
+    alone.step()
+    assert all(torch.equal(param, other) for param, other in zip(params, others, strict=True))
+    assert torch.allclose(torch.stack(together.last_stats), torch.stack(alone.last_stats))
+
+
+def test_parameters_of_every_type_and_age_are_updated_in_one_step():
+    params = [*many_parameters(), *many_parameters(torch.bfloat16)]
+    give_gradients(params[1:])
+    optimizer = sk.SsiuuAdamW(params, lr=0.1)
+    optimizer.step()
+    give_gradients(params)  # the first has its first step now
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert all(not torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    assert [optimizer.state[param]["step"] for param in params] == [1] + [2] * 7
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_capturable_is_the_same_optimizer(share):
+    params = many_parameters()
+    give_gradients(params)
+    others = twins(params)
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    plain = sk.SsiuuAdamW(params, lr=0.1, penalty_share=share)
+    capturable = sk.SsiuuAdamW(others, lr=lr, penalty_share=share, capturable=True)
+    for _ in range(4):
+        gradients = [(torch.randn_like(param), torch.randn_like(param)) for param in params]
+        for optimizer, own in ((plain, params), (capturable, others)):
+            for param, (grad, target_grad) in zip(own, gradients, strict=True):
+                param.grad, param.target_grad = grad.clone(), target_grad.clone()
+            optimizer.step()
+    for param, other in zip(params, others, strict=True):
+        assert torch.allclose(param, other, rtol=1e-5, atol=1e-6)
+    assert capturable.penalty_weight == pytest.approx(plain.penalty_weight, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_captured_step_is_replayed(backend):
+    """Three replays of a captured step equal three steps, lambda and bias corrections included."""
+    params = many_parameters()
+    give_gradients(params)
+    others = twins(params)
+    options = {"lr": 0.1, "penalty_share": 0.3, "backend": backend}
+    eager = sk.SsiuuAdamW(params, **options)
+    captured = sk.SsiuuAdamW(others, capturable=True, **options)
+    target_grads = [other.target_grad for other in others]
+
+    def step():
+        for other, target_grad in zip(others, target_grads, strict=True):
+            other.target_grad = target_grad
+        captured.step()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # kernels are compiled and states made outside of the graph
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        graph.replay()
+    for _ in range(4):
+        for param, target_grad in zip(params, target_grads, strict=True):
+            param.target_grad = target_grad.clone()
+        eager.step()
+    for param, other in zip(params, others, strict=True):
+        assert torch.allclose(param, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_step_reads_nothing_of_the_device(backend):
+    params = many_parameters()
+    optimizer = sk.SsiuuAdamW(params, penalty_share=0.3, capturable=True, backend=backend)
+    give_gradients(params)
+    optimizer.step()
+    give_gradients(params)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_states_keep_their_type_across_a_resume():
+    params = many_parameters(torch.bfloat16)
+    give_gradients(params)
+    optimizer = sk.SsiuuAdamW(params, state_dtype=torch.float32)
+    optimizer.step()
+    resumed = sk.SsiuuAdamW(many_parameters(torch.bfloat16), state_dtype=torch.float32)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for param, other in zip(params, resumed.param_groups[0]["params"], strict=True):
+        for name in ("prev_attribution", "exp_avg", "exp_avg_sq"):
+            assert resumed.state[other][name].dtype == torch.float32
+            assert torch.equal(resumed.state[other][name], optimizer.state[param][name])
+
+
+def test_stochastic_rounding_draws_by_seed_and_place():
+    def run(seed):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16)) for _ in range(2)]
+        for param in params:
+            param.grad = param.target_grad = torch.full((500,), 0.3, dtype=torch.bfloat16)
+            param.target_grad = param.target_grad.clone()
+        sk.SsiuuAdamW(params, lr=1e-3, stochastic_rounding=True, seed=seed).step()
+        return [param.detach() for param in params]
+
+    first, second = run(1)
+    assert all(torch.equal(a, b) for a, b in zip(run(1), (first, second), strict=True))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, run(2)[0])
+    assert len(first.unique()) == 2
 
 
 BAD = {
@@ -198,6 +341,7 @@ BAD = {
     "cannot be steered": {"penalty_weight": 0, "penalty_share": 0.3},
     "lr=-1": {"lr": -1},
     "betas": {"betas": (0.9, 1.0)},
+    "state_dtype=torch.float16": {"state_dtype": torch.float16},
     "backend='gpu'": {"backend": "gpu"},
 }
 

@@ -20,7 +20,10 @@ SIGNATURES = {
     sk.ops.token_scores: "z grad_z segments backend",
     sk.ops.penalty_: "grad param target_grad prev_attribution weight step backend",
     sk.ops.penalty_adamw_: "param grad target_grad prev_attribution exp_avg exp_avg_sq "
-    "step lr betas eps weight_decay weight backend",
+    "step lr betas eps weight_decay weight seed backend",
+    sk.ops.penalty_many_: "grads params target_grads prev_attributions weight step backend",
+    sk.ops.penalty_adamw_many_: "params grads target_grads prev_attributions exp_avgs exp_avg_sqs "
+    "step lr betas eps weight_decay weight seeds backend",
     sk.patch: "model scope backend strict level penalty_weight forget_samples",
     sk.PatchHandle.attribute: "self batch target",
     sk.PatchHandle.unlearning_loss: "self logits labels forget objective target sample_ids",

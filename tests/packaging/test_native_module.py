@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssiuu_kernels import _native
+from ssiuu_kernels.ops.penalty.scalars import step_scalars
 
 ROOT = Path(__file__).parents[2]
 FLOAT32 = 0
@@ -29,9 +30,10 @@ def hidden_backward(activation, gate, up, grad_h, segments):
 
 def penalty(param, grad, target_grad, prev_attribution, step=2):
     stats = torch.full((5,), math.nan, dtype=torch.float64)
+    scalars = step_scalars(step, 10.0, torch.device("cpu")).host
     _native.penalty_cpu(
-        FLOAT32, FLOAT32, FLOAT32, param.numel(), param.data_ptr(), grad.data_ptr(), target_grad.data_ptr(),
-        prev_attribution.data_ptr(), 10.0, step, stats.data_ptr(),
+        FLOAT32, FLOAT32, FLOAT32, [param.numel()], [param.data_ptr()], [grad.data_ptr()], [target_grad.data_ptr()],
+        [prev_attribution.data_ptr()], [0], [0], [], scalars, 0, stats.data_ptr(),
     )  # fmt: skip
     return stats
 

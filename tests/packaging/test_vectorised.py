@@ -21,7 +21,10 @@ COMPILER = shutil.which("g++")
             2 * 5 * 2 * (1 + 1 + 2 * 2),
         ),  # types x activations x gated: forward, scores; x with h x with scores, backward
         ("token_scores.cpp", 2),
-        ("penalty.cpp", 2 * 2**3),  # ops x types of parameter, gradient and state
+        (
+            "penalty.cpp",
+            3 * 2**3,
+        ),  # penalty, AdamW, AdamW with stochastic rounding; types of parameter, gradient and state
     ],
 )
 def test_simd_loops_are_vectorised(source, instances):

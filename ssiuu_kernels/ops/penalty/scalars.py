@@ -43,11 +43,17 @@ def step_scalars(
     if not any(isinstance(value, Tensor) for value in (step, weight, lr)):
         threshold = 0.0 if step > 1 else -math.inf
         return StepScalars([*_adamw(step, lr, betas, eps, weight_decay, math.sqrt), 2 * weight, threshold, step], None)
-    step, weight, lr = (torch.as_tensor(value, dtype=torch.float64, device=device) for value in (step, weight, lr))
+    step, weight, lr = (_on_device(value, device) for value in (step, weight, lr))
     threshold = torch.where(step > 1, 0.0, -math.inf)
     derived = [*_adamw(step, lr, betas, eps, weight_decay, torch.sqrt), 2 * weight, threshold, step]
-    columns = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in derived]
-    return StepScalars([0.0] * len(FIELDS), torch.stack(columns))
+    return StepScalars([0.0] * len(FIELDS), torch.stack([_on_device(value, device) for value in derived]))
+
+
+def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
+    # A number is filled in there: copying it from pageable memory would wait for the device.
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _adamw(step, lr, betas, eps, weight_decay, sqrt) -> Sequence:
