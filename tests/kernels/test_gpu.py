@@ -33,6 +33,31 @@ def glu_backward(gate, up, grad_h, segments, *_, backend):
     return [grads.h, grads.grad_gate, grads.grad_up, *grads.h_scores, *grads.gate_scores]
 
 
+def penalised_glu_backward(gate, up, grad_h, segments, previous, *_, backend):
+    bank = previous[: len(SAMPLES)].to(torch.float32, copy=True)
+    penalty = sk.ops.NeuronPenalty(
+        weight=0.3, ratio=torch.ones(len(SAMPLES)), bank=bank, rows=torch.arange(len(SAMPLES))
+    )
+    grads = sk.ops.glu_backward(gate, up, grad_h, segments=segments, penalty=penalty, backend=backend)
+    return [grads.grad_gate, grads.grad_up, bank]
+
+
+def packed_glu_backward(gate, up, grad_h, segments, *_, backend):
+    grads = sk.ops.packed_glu_backward(
+        torch.cat([gate, up], 1), grad_h, segments=segments, scores=True, recompute_h=True, backend=backend
+    )
+    return [grads.grad_gate_up, grads.h, *grads.h_scores, *grads.gate_scores]
+
+
+def act_forward(x, *_, backend):
+    return [sk.ops.act_forward(x, backend=backend)]
+
+
+def act_backward(x, _up, grad_h, segments, *_, backend):
+    grads = sk.ops.act_backward(x, grad_h, segments=segments, scores=True, recompute_h=True, backend=backend)
+    return [grads.grad_x, grads.h, *grads.h_scores, *grads.x_scores]
+
+
 def token_scores(z, grad_z, _other, segments, *_, backend):
     return list(sk.ops.token_scores(z, grad_z, segments=segments, backend=backend))
 
@@ -49,7 +74,10 @@ def penalty_adamw_(param, grad, target_grad, _segments, previous, exp_avg, exp_a
     return [param, previous, exp_avg, exp_avg_sq, *stats]
 
 
-OPS = [glu_forward, glu_backward, token_scores, penalty_, penalty_adamw_]
+OPS = [
+    glu_forward, glu_backward, penalised_glu_backward, packed_glu_backward, act_forward, act_backward,
+    token_scores, penalty_, penalty_adamw_,
+]  # fmt: skip
 # Recorded once and replayed with new inputs by a training step.
 GRAPHED = [glu_backward, token_scores, penalty_adamw_]
 
