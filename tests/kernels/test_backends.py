@@ -1,5 +1,7 @@
 """The registry: reasons, choice, and the environment variable."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -47,6 +49,13 @@ def test_unknown_name_in_the_environment(monkeypatch):
     x = torch.randn(2, 3)
     with pytest.raises(ValueError, match="fastest"):
         sk.ops.token_scores(x, x)
+
+
+def test_native_kernels_are_called_in_one_place():
+    """Whatever goes round `native_support.call` would run on the CPU kernels where the CUDA ones are meant."""
+    ops = Path(backends.__file__).parent / "ops"
+    callers = [path.name for path in ops.rglob("*.py") if "native_module" in path.read_text()]
+    assert callers == ["native_support.py"]
 
 
 def test_collect_env_names_every_backend():

@@ -336,7 +336,7 @@ def _launch_penalised(
     rows, cols = tensors[0].shape
     if rows == 0 or cols == 0:
         return
-    resident = 0 < longest <= RESIDENT_ROWS
+    resident = 0 < longest <= RESIDENT_ROWS and h_scores is None  # with scores beside the tile, registers spill
     block_t = triton.next_power_of_2(longest) if resident else BLOCK_T
     block_d, warps = (RESIDENT_COLS, RESIDENT_WARPS) if resident else (BLOCK_D[tensors[0].dtype], NUM_WARPS)
     hidden_bwd_penalty_kernel[len(segments), triton.cdiv(cols, block_d)](

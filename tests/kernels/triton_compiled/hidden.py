@@ -34,9 +34,9 @@ def backward(element, gated, scores, activation="silu", write_h=False):
                 unaligned=("samples", "rows"))  # fmt: skip
 
 
-def penalised(element, gated, resident):
+def penalised(element, gated, resident, scores=False):
     constants = {
-        "ACT": CODES["silu"], "GATED": gated, "WRITE_H": False, "SCORES": False, "RESIDENT": resident,
+        "ACT": CODES["silu"], "GATED": gated, "WRITE_H": False, "SCORES": scores, "RESIDENT": resident,
         "BLOCK_B": hidden.BLOCK_B, "BLOCK_T": hidden.RESIDENT_ROWS if resident else hidden.BLOCK_T,
         "BLOCK_D": hidden.RESIDENT_COLS if resident else DTYPES[element],
     }  # fmt: skip
@@ -44,7 +44,8 @@ def penalised(element, gated, resident):
         "segments": "*i32", "h_scores": "*fp32", "x_scores": "*fp32", "weight": "*fp32", "ratio": "*fp32",
         "bank": "*fp32", "bank_rows": "*i64",
     }  # fmt: skip
-    name = f"{'glu' if gated else 'act'}_backward + penalty, {'resident' if resident else 'two passes'} {element}"
+    extras = " + scores" * scores + " + penalty, " + ("resident" if resident else "two passes")
+    name = f"{'glu' if gated else 'act'}_backward{extras} {element}"
     warps = hidden.RESIDENT_WARPS if resident else hidden.NUM_WARPS
     return Case(name, hidden.hidden_bwd_penalty_kernel, types(element, **state), constants, warps,
                 unaligned=("samples", "rows"))  # fmt: skip
@@ -64,6 +65,7 @@ CASES = [
         backward(element, gated=False, scores=True, activation="gelu"),
         penalised(element, gated=True, resident=True),
         penalised(element, gated=True, resident=False),
+        penalised(element, gated=True, resident=False, scores=True),
         penalised(element, gated=False, resident=False),
     )
 ]
