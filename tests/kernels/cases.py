@@ -3,6 +3,13 @@
 import pytest
 import torch
 
+from ssiuu_kernels.backends import triton_interprets
+
+if triton_interprets():
+    from .interpreter import round_to_nearest
+
+    round_to_nearest()
+
 # A test that takes a backend runs on the device of its parameter: see the fixture `_device` in conftest.py. Where torch
 # sees no GPU, conftest.py turns Triton's interpreter on, and its kernels run on CPU tensors. "cuda_emulated" are the
 # CUDA kernels, compiled for the CPU (cuda_emulation/).

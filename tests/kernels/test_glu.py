@@ -180,7 +180,8 @@ def test_gradcheck(activation):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "scores, h and penalty"])
 def test_opcheck(extras, gated, backend):
-    gate, up, grad_h = (torch.randn(6, 10) for _ in range(3))
+    # Transposed: outputs are row-major whatever the inputs are.
+    gate, up, grad_h = (torch.randn(10, 6).t() for _ in range(3))
     up = up if gated else None
     segments = as_segments([(0, 2), (2, 6)])
     penalty = (torch.tensor(0.5), torch.ones(2), torch.randn(3, 10), torch.tensor([2, 0])) if extras else [None] * 4

@@ -334,7 +334,7 @@ def _launch_penalised(
     tensors, strides, segments, h_scores, x_scores, longest: int, penalty: NeuronPenalty, constants
 ) -> None:
     rows, cols = tensors[0].shape
-    if rows == 0 or cols == 0:
+    if cols == 0:
         return
     resident = 0 < longest <= RESIDENT_ROWS
     block_t = triton.next_power_of_2(longest) if resident else BLOCK_T
