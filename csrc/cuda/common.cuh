@@ -75,11 +75,22 @@ __device__ __forceinline__ void store(T* to, const Pack<T, kVec>& pack) {
 }
 
 template <class T, int kVec>
-__device__ __forceinline__ void store(T* to, const float (&from)[kVec]) {
+__device__ __forceinline__ Pack<T, kVec> rounded(const float (&from)[kVec]) {
   Pack<T, kVec> pack;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) pack.data[i] = from_float<T>(from[i]);
-  store(to, pack);
+  return pack;
+}
+
+template <class T, int kVec>
+__device__ __forceinline__ void store(T* to, const float (&from)[kVec]) {
+  store(to, rounded<T>(from));
+}
+
+// The same to shared memory, which `store` must not be given: its intrinsic is for global addresses alone.
+template <class T, int kVec>
+__device__ __forceinline__ void store_shared(Pack<T, kVec>* to, const float (&from)[kVec]) {
+  *to = rounded<T>(from);
 }
 
 // Whether rows of `stride` elements from `base` on can be read in packs of `bytes`.

@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kThreads, 1) hidden_bwd_penalty_kernel(HiddenB
     score_row<Act>(in, h_scores, x_scores);
     if constexpr (kResident) {
       // Each thread reads back what it wrote itself.
-      store(kept_at(row, 0)->data, in.x);
-      store(kept_at(row, 1)->data, in.grad_h);
-      if constexpr (kGated) store(kept_at(row, 2)->data, in.up);
+      store_shared(kept_at(row, 0), in.x);
+      store_shared(kept_at(row, 1), in.grad_h);
+      if constexpr (kGated) store_shared(kept_at(row, 2), in.up);
     }
   }
   if (p.h_scores != nullptr) {
