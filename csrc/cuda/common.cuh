@@ -16,6 +16,17 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
+// Dynamic shared memory that a block of the kernel may ask for, on the current device.
+template <class... Params>
+int64_t shared_memory_limit(void (*kernel)(Params...)) {
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  return limit - static_cast<int64_t>(attributes.sharedSizeBytes);
+}
+
 // `shared_bytes` of shared memory beside the kernel's own, for `shared_memory`.
 template <class... Params, class... Args>
 void launch_with_shared_memory(void (*kernel)(Params...), int64_t blocks, dim3 threads, int64_t shared_bytes,
