@@ -206,6 +206,7 @@ def hidden_bwd_penalty_kernel(
     h_max = tl.full([BLOCK_D], float("-inf"), tl.float32)
     h_min = tl.full([BLOCK_D], float("inf"), tl.float32)
     h_sum = tl.zeros([BLOCK_D], tl.float32)
+    h_error = h_sum
     x_max, x_min, x_sum = h_max, h_min, h_sum
     # RESIDENT: the sample fits in one block, which stays in registers for the second half.
     x_tile = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -219,7 +220,11 @@ def hidden_bwd_penalty_kernel(
             up_tile = tl.load(up + row * up_stride + col[None, :], mask=scored, other=0.0).to(tl.float32)
         h_tile, dx, dup = hidden_grads(x_tile, up_tile, grad_tile, ACT, GATED)
         product = h_tile * grad_tile
-        h_sum += tl.sum(product, 0)
+        # Compensated (Kahan): nothing splits this sum, and the gradients depend on it.
+        term = tl.sum(product, 0) - h_error
+        longer = h_sum + term
+        h_error = (longer - h_sum) - term
+        h_sum = longer
         if SCORES:
             h_max = running_max(h_max, tl.reduce(tl.where(scored, product, float("-inf")), 0, running_max))
             h_min = running_min(h_min, tl.reduce(tl.where(scored, product, float("inf")), 0, running_min))
