@@ -30,8 +30,9 @@ from ..triton_support import split_count
 # A thread moves 16 bytes of a tensor at once; 4 warps make a stripe of 128 or 256 columns and 8 or 4 rows.
 BLOCK_D = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 BLOCK_T, NUM_WARPS = 4, 4
-# The penalty's tile stays in registers up to this many rows of 64 columns (512 threads of 16 elements a tensor).
-RESIDENT_ROWS, RESIDENT_COLS, RESIDENT_WARPS = 128, 64, 16
+# The penalty's tile of 64 columns stays in registers up to this many rows, with 16 elements of a tensor a thread.
+# Scores need registers too, of which 512 threads have too few.
+RESIDENT_ROWS, RESIDENT_ROWS_WITH_SCORES, RESIDENT_COLS = 128, 64, 64
 BLOCK_B = 64  # segments that `sample_rows` looks at at once
 
 
@@ -343,11 +344,20 @@ def _launch_penalised(
     rows, cols = tensors[0].shape
     if cols == 0:
         return
-    resident = 0 < longest <= RESIDENT_ROWS
-    block_t = triton.next_power_of_2(longest) if resident else BLOCK_T
-    block_d, warps = (RESIDENT_COLS, RESIDENT_WARPS) if resident else (BLOCK_D[tensors[0].dtype], NUM_WARPS)
+    scores = h_scores is not None
+    resident = 0 < longest <= (RESIDENT_ROWS_WITH_SCORES if scores else RESIDENT_ROWS)
+    if resident:
+        block_t, block_d, warps = resident_blocks(longest)
+    else:
+        block_t, block_d, warps = BLOCK_T, BLOCK_D[tensors[0].dtype], NUM_WARPS
     hidden_bwd_penalty_kernel[len(segments), triton.cdiv(cols, block_d)](
         *tensors, segments, *(segments if part is None else part for part in (h_scores, x_scores)),
         *penalty, *strides, len(segments), rows, cols,
-        **constants, SCORES=h_scores is not None, RESIDENT=resident, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
+        **constants, SCORES=scores, RESIDENT=resident, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
+
+
+def resident_blocks(longest: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program that keeps a sample of up to `longest` rows in registers."""
+    block_t = triton.next_power_of_2(max(longest, 8))
+    return block_t, RESIDENT_COLS, block_t * RESIDENT_COLS // (16 * 32)
