@@ -4,16 +4,19 @@ from . import ops
 from .backends import Availability, available_backends
 from .env import collect_env
 from .log_probs import sequence_log_probs
-from .ops import GluGrads, NeuronScores, PenaltyStats
+from .ops import ActGrads, GluGrads, NeuronPenalty, NeuronScores, PackedGluGrads, PenaltyStats
 from .optim import SsiuuAdamW, SsiuuPenalty
 from .patching import PatchHandle, patch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActGrads",
     "Availability",
     "GluGrads",
+    "NeuronPenalty",
     "NeuronScores",
+    "PackedGluGrads",
     "PatchHandle",
     "PenaltyStats",
     "SsiuuAdamW",

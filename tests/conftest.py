@@ -5,13 +5,14 @@ import os
 import pytest
 import torch
 
+from tests.kernels import cuda_emulation
+
 # Read by triton when it is first imported: without a GPU its kernels are interpreted, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.kernels.interpreter import round_to_nearest
 
-from tests.kernels import cuda_emulation, triton_interpreter
-
-triton_interpreter.install()
+    round_to_nearest()
 
 # Tiny tensors gain nothing from a second thread, and lose much where the cores are busy.
 torch.set_num_threads(1)

@@ -16,6 +16,17 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
+// Dynamic shared memory that a block of the kernel may ask for, on the current device.
+template <class... Params>
+int64_t shared_memory_limit(void (*kernel)(Params...)) {
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  return limit - static_cast<int64_t>(attributes.sharedSizeBytes);
+}
+
 // `shared_bytes` of shared memory beside the kernel's own, for `shared_memory`.
 template <class... Params, class... Args>
 void launch_with_shared_memory(void (*kernel)(Params...), int64_t blocks, dim3 threads, int64_t shared_bytes,
@@ -75,11 +86,22 @@ __device__ __forceinline__ void store(T* to, const Pack<T, kVec>& pack) {
 }
 
 template <class T, int kVec>
-__device__ __forceinline__ void store(T* to, const float (&from)[kVec]) {
+__device__ __forceinline__ Pack<T, kVec> rounded(const float (&from)[kVec]) {
   Pack<T, kVec> pack;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) pack.data[i] = from_float<T>(from[i]);
-  store(to, pack);
+  return pack;
+}
+
+template <class T, int kVec>
+__device__ __forceinline__ void store(T* to, const float (&from)[kVec]) {
+  store(to, rounded<T>(from));
+}
+
+// The same to shared memory, which `store` must not be given: its intrinsic is for global addresses alone.
+template <class T, int kVec>
+__device__ __forceinline__ void store_shared(Pack<T, kVec>* to, const float (&from)[kVec]) {
+  *to = rounded<T>(from);
 }
 
 // Whether rows of `stride` elements from `base` on can be read in packs of `bytes`.

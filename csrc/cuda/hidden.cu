@@ -9,9 +9,6 @@
 namespace ssiuu::cuda {
 namespace {
 
-// Shared memory that a block may keep a sample's rows in: below what sm_80 offers, so that one limit serves both.
-constexpr int64_t kResidentBytes = 144 * 1024;
-
 template <class T>
 __device__ __forceinline__ const T* at(const void* base, int64_t row, int64_t stride, int64_t col) {
   return static_cast<const T*>(base) + row * stride + col;
@@ -132,9 +129,9 @@ __global__ void __launch_bounds__(kThreads, 1) hidden_bwd_penalty_kernel(HiddenB
     score_row<Act>(in, h_scores, x_scores);
     if constexpr (kResident) {
       // Each thread reads back what it wrote itself.
-      store(kept_at(row, 0)->data, in.x);
-      store(kept_at(row, 1)->data, in.grad_h);
-      if constexpr (kGated) store(kept_at(row, 2)->data, in.up);
+      store_shared(kept_at(row, 0), in.x);
+      store_shared(kept_at(row, 1), in.grad_h);
+      if constexpr (kGated) store_shared(kept_at(row, 2), in.up);
     }
   }
   if (p.h_scores != nullptr) {
@@ -199,9 +196,9 @@ void backward(const HiddenBackwardParams& p, void* workspace, cudaStream_t strea
   if (p.num_segments > 0 && p.penalty.bank != nullptr) {
     const int64_t row_bytes = (kGated ? 3 : 2) * kWarp * kVec * static_cast<int64_t>(sizeof(T));
     const int64_t kept = p.longest * row_bytes;
-    const bool resident = kept > 0 && kept <= kResidentBytes;
-    launch_with_shared_memory(resident ? hidden_bwd_penalty_kernel<T, Act, kGated, kVec, true>
-                                       : hidden_bwd_penalty_kernel<T, Act, kGated, kVec, false>,
+    const auto resident_kernel = hidden_bwd_penalty_kernel<T, Act, kGated, kVec, true>;
+    const bool resident = kept > 0 && kept <= shared_memory_limit(resident_kernel);
+    launch_with_shared_memory(resident ? resident_kernel : hidden_bwd_penalty_kernel<T, Act, kGated, kVec, false>,
                               stripes * p.num_segments, threads, resident ? kept : 0, stream, p);
   } else if (p.num_segments > 0 && p.h_scores != nullptr) {
     const Parts parts = split(workspace, p.rows, p.cols, p.num_segments);

@@ -13,7 +13,7 @@ namespace ssiuu::cuda {
 constexpr int kRowLanes = 8;  // rows that a thread block works on at once, one a warp
 constexpr int kThreads = kWarp * kRowLanes;
 constexpr int64_t kBlockRows = 64;      // of a block of a kernel without scores
-constexpr int64_t kRowsPerSplit = 128;  // so that partials are small beside the rows
+constexpr int64_t kRowsPerSplit = 128;  // partials are small beside the rows, and sums as accurate as PyTorch's
 constexpr int64_t kMaxSplits = 32;
 
 // Blocks that share a sample's rows. From sizes alone: the segments' values are on the device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,23 +35,30 @@ def check_penalty(penalty: NeuronPenalty | None, x: Tensor, segments: Tensor) ->
     """The penalty's tensors fit data `[.., F]` of `len(segments)` samples."""
     if penalty is None:
         return
+    weight, ratio, bank, rows = penalty
     samples, width = len(segments), x.shape[-1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for name, tensor, shape, kind in (
-        ("ratio", penalty.ratio, (samples,), dtype),
-        ("bank", penalty.bank, (len(penalty.bank), width), dtype),
-        ("rows", penalty.rows, (samples,), torch.int64),
+    state = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, tensor, dtype, shape in (
+        ("ratio", ratio, state, [samples]),
+        ("bank", bank, state, [None, width]),
+        ("rows", rows, torch.int64, [samples]),
     ):
-        if tensor.dtype != kind or tuple(tensor.shape) != shape or tensor.device != x.device:
-            raise ValueError(
-                f"penalty.{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-                f"expected {kind} {list(shape)} on {x.device}"
-            )
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"penalty.{name} is {came}; expected a {dtype} tensor")
+        came = list(tensor.shape)
+        if len(came) != len(shape) or any(size not in (None, n) for n, size in zip(came, shape, strict=True)):
+            expected = ["N" if size is None else size for size in shape]
+            raise ValueError(f"penalty.{name} has shape {came}; expected {expected}".replace("'", ""))
+        if tensor.device != x.device:
+            raise ValueError(f"penalty.{name} is on {tensor.device} and the data on {x.device}; move it there")
         if not tensor.is_contiguous():
             raise ValueError(f"penalty.{name} is not contiguous; pass penalty.{name}.contiguous()")
-    weight = penalty.weight
-    if isinstance(weight, Tensor) and (weight.dim() or weight.device != x.device):
-        raise ValueError(f"penalty.weight is {list(weight.shape)} on {weight.device}; expected 0-dim on {x.device}")
+    if isinstance(weight, Tensor):
+        if weight.dim() or weight.device != x.device:
+            raise ValueError(f"penalty.weight is {list(weight.shape)} on {weight.device}; expected 0-dim on {x.device}")
+    elif not 0 <= weight < math.inf:
+        raise ValueError(f"penalty.weight={weight} is not a finite number >= 0")
 
 
 def check_penalty_rows(rows: Tensor, bank: Tensor) -> None:

@@ -12,7 +12,8 @@ from ..backends import triton_interprets
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows after which a sample is split over several programs, and into how many at most: enough to fill a device with few
-# long samples, while the partial scores stay under 3 / ROWS_PER_SPLIT of the rows that they summarise.
+# long samples, and short enough for running float32 sums to be as accurate as PyTorch's, while the partial scores stay
+# under 3 / ROWS_PER_SPLIT of the rows that they summarise.
 ROWS_PER_SPLIT, MAX_SPLITS = 128, 32
 
 

@@ -37,6 +37,27 @@ def glu(gate, up, grad_h, segments, activation):
     }
 
 
+def neuron_penalty(inputs, grad_h, segments, activation, weight, ratio, bank, rows):
+    """Gradients of `sum_b w_b <h, ds_b/dh> + weight * sum_{A<0} (A - bank)^2` by the inputs, and A of the
+    samples with a row, flattened, with the largest term of any sum at its end: a sum that cancels is judged by it.
+
+    Args:
+        inputs: (gate, up) or (x,); grad_h is `w_b * ds_b/dh` and `ratio * grad_h` is dP_b/dh, both constants.
+        bank: `[B, F]`, what was stored for each sample, NaN where nothing was.
+    """
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    h = ACTIVATIONS[activation](inputs[0])
+    if len(inputs) == 2:
+        h = h * inputs[1]
+    dtype = grad_h.dtype
+    terms = [ratio[b].to(dtype) * (h * grad_h)[start:end] for b, (start, end) in enumerate(segments.tolist())]
+    attribution = torch.stack([term.sum(0) for term in terms])
+    largest = max((term.detach().abs().max() for term in terms if len(term)), default=ratio.new_zeros(()))
+    grown = (attribution - bank.to(dtype))[(attribution < 0) & ~bank.isnan() & (rows >= 0)[:, None]]
+    grads = torch.autograd.grad((h * grad_h).sum() + float(weight) * grown.square().sum(), inputs)
+    return grads, torch.cat([attribution.detach()[rows >= 0].flatten(), largest.to(dtype)[None]])
+
+
 def penalty(param, grad, target_grad, previous, weight, step):
     """The penalised gradient, the new attribution and (value, penalty norm, loss norm, share, negative)."""
     attribution = param * target_grad

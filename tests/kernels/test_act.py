@@ -64,6 +64,17 @@ def test_forward(activation, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", eager.ACTIVATIONS)
+def test_nan_reaches_gradient_and_scores(activation, backend):
+    x, grad_h = torch.randn(9, 45), torch.randn(9, 45)
+    x[4, 17], grad_h[4, 17] = 1.5, float("nan")
+    grads = sk.ops.act_backward(x, grad_h, activation=activation, scores=True, backend=backend)
+    for scores in (*grads.h_scores, *grads.x_scores):
+        assert scores.isnan().nonzero().tolist() == [[0, 17]]
+    assert grads.grad_x.isnan().nonzero().tolist() == [[4, 17]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_was_asked_for(backend):
     grads = sk.ops.act_backward(torch.randn(5, 8), torch.randn(5, 8), backend=backend)
     assert grads[1:] == (None, None, None)

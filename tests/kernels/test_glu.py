@@ -123,8 +123,12 @@ def test_only_what_was_asked_for(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_equals_separate(backend):
-    gate_up, grad_h = torch.randn(3, 7, 46), torch.randn(3, 7, 23)
+@pytest.mark.parametrize("dtype", DTYPES)
+# Halves that start on 16 bytes, halves that do not, and rows with something between them.
+@pytest.mark.parametrize(("width", "columns"), [(32, slice(None)), (46, slice(None)), (51, slice(3, -2))])
+def test_packed_equals_separate(width, columns, dtype, backend):
+    gate_up = torch.randn(3, 7, width).to(dtype)[..., columns]
+    grad_h = torch.randn(3, 7, gate_up.shape[-1] // 2).to(dtype)
     gate, up = gate_up.chunk(2, dim=-1)
     options = {"segments": as_segments([(2, 9), (9, 21)]), "scores": True, "recompute_h": True, "backend": backend}
     packed = sk.ops.packed_glu_backward(gate_up, grad_h, **options)
@@ -180,7 +184,8 @@ def test_gradcheck(activation):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "scores, h and penalty"])
 def test_opcheck(extras, gated, backend):
-    gate, up, grad_h = (torch.randn(6, 10) for _ in range(3))
+    # Transposed: outputs are row-major whatever the inputs are.
+    gate, up, grad_h = (torch.randn(10, 6).t() for _ in range(3))
     up = up if gated else None
     segments = as_segments([(0, 2), (2, 6)])
     penalty = (torch.tensor(0.5), torch.ones(2), torch.randn(3, 10), torch.tensor([2, 0])) if extras else [None] * 4
@@ -203,8 +208,9 @@ def test_compiles_into_one_graph():
     assert torch.allclose(gate.grad, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_second_derivative_is_refused():
-    gate, up = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    (first,) = torch.autograd.grad(sk.ops.glu_forward(gate, up).sum(), gate, create_graph=True)
+@pytest.mark.parametrize(("forward", "inputs"), [(sk.ops.glu_forward, 2), (sk.ops.packed_glu_forward, 1)])
+def test_second_derivative_is_refused(forward, inputs):
+    tensors = [torch.randn(3, 4, requires_grad=True) for _ in range(inputs)]
+    (first,) = torch.autograd.grad(forward(*tensors).sum(), tensors[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="autograd"):
         first.sum().backward()

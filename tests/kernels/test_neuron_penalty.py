@@ -1,6 +1,4 @@
-"""The penalty on neurons inside glu_backward and act_backward, against autograd with dP/dh held constant."""
-
-import math
+"""The neuron-level penalty inside the MLP's backward: every backend against autograd of the penalised objective."""
 
 import pytest
 import torch
@@ -8,132 +6,216 @@ import torch
 import ssiuu_kernels as sk
 
 from . import eager
-from .accuracy import RELATIVE_L2
-from .cases import BACKENDS, DTYPES, as_segments, random_rows
+from .accuracy import assert_as_accurate_as_pytorch, assert_same_direction
+from .cases import BACKENDS, DTYPES, SEGMENTED, as_segments, random_rows
 
-WEIGHT = 0.3
-# (rows, columns, segments): of one sample (whose rows fit on chip, or do not), and of several.
-SHAPES = {
-    "one sample": (9, 70, None),
-    "a long sample": (301, 5, None),
-    "two samples of a row": (2, 33, [(0, 1), (1, 2)]),
-    "padding and an empty sample": (30, 41, [(18, 27), (2, 9), (9, 9), (9, 15)]),
-}
+OPS = {"gated": (sk.ops.glu_backward, 2), "ungated": (sk.ops.act_backward, 1)}
+NAN = float("nan")
+ROWS = 40  # of the bank: more than a case has samples
 
 
-def make_case(shape, dtype):
-    """Inputs, segments, and (ratio, bank, rows): samples that were seen, one that was not, one without a row."""
-    rows, cols, pairs = SHAPES[shape]
-    inputs = [random_rows(rows, cols, dtype, sliced=True) for _ in range(3)]
-    segments = as_segments([(0, rows)] if pairs is None else pairs)
+def random_penalty(segments, cols, *, weight=0.1, dtype=torch.float32):
+    """A bank with seen and unseen neurons, and a sample without a row.
+
+    Ratios keep attributions near 1, whatever the samples' lengths. Otherwise the penalty multiplies the rounding errors
+    of the sums, and a comparison of two such errors on a few columns is a matter of luck.
+    """
     samples = len(segments)
-    state = torch.float64 if dtype == torch.float64 else torch.float32
-    ratio = torch.rand(samples, dtype=state) + 0.5
-    bank = torch.randn(samples + 2, cols, dtype=state)
-    bank_rows = torch.arange(samples) + 1
+    lengths = (segments[:, 1] - segments[:, 0]).clamp(min=1)
+    bank = torch.randn(ROWS, cols, dtype=dtype)
+    bank[torch.rand(ROWS, cols) < 0.2] = NAN
+    rows = torch.randperm(ROWS)[:samples]
     if samples > 1:
-        bank[bank_rows[1]] = math.nan
-        bank_rows[-1] = -1
-    return inputs, None if pairs is None else segments, segments, (ratio, bank, bank_rows)
+        rows[0] = -1
+    ratio = (torch.rand(samples) + 0.5) / lengths.sqrt()
+    return sk.ops.NeuronPenalty(weight, ratio.to(dtype), bank, rows)
 
 
-def definition(gate, up, grad_h, segments, activation, ratio, bank, bank_rows):
-    """grad_gate, grad_up and the new bank of `sum <h, grad_h> + WEIGHT * sum (A - bank)^2`, float64."""
-    gate, up = gate.double().requires_grad_(), up.double().requires_grad_()
-    h = eager.ACTIVATIONS[activation](gate) * up
-    total, new_bank = (h * grad_h.double()).sum(), bank.double().clone()
-    for b, (start, end) in enumerate(segments.tolist()):
-        if bank_rows[b] < 0:
-            continue
-        constant = ratio[b].double() * grad_h[start:end].double()  # dP/dh
-        attribution, before = (h[start:end] * constant).sum(0), bank[bank_rows[b]].double()
-        growth = torch.where((attribution < 0) & ~before.isnan(), attribution - before.nan_to_num(), 0)
-        total = total + WEIGHT * growth.square().sum()
-        new_bank[bank_rows[b]] = attribution.detach()
-    return *torch.autograd.grad(total, (gate, up)), new_bank
-
-
-def relative(actual, expected):
-    known = ~expected.isnan()
-    assert torch.equal(actual.isnan(), ~known)
-    return (actual.double() - expected)[known].norm() / expected[known].norm()
+def compare(op, inputs, grad_h, segments, penalty, *, activation="silu", backend):
+    """Gradients, bank, and the untouched rows of the bank."""
+    backward, _ = OPS[op]
+    weight, ratio, bank, rows = penalty
+    before = bank.clone()
+    stored = before[rows]  # row -1 is ignored by the definition
+    result = backward(*inputs, grad_h, activation=activation, segments=segments, penalty=penalty, backend=backend)
+    exact, attribution = eager.neuron_penalty(
+        [x.double() for x in inputs], grad_h.double(), segments, activation, weight, ratio, stored, rows
+    )
+    single, single_attribution = eager.neuron_penalty(
+        [x.float() for x in inputs], grad_h.float(), segments, activation, weight, ratio, stored, rows
+    )
+    dtype = grad_h.dtype
+    for actual, wanted, eager_value in zip(result[: len(inputs)], exact, single, strict=True):
+        assert_as_accurate_as_pytorch(actual, wanted, eager_value.to(dtype), dtype)
+        assert_same_direction(actual, wanted, dtype)
+    known = rows >= 0
+    stored = torch.cat([bank[rows[known]].flatten(), single_attribution[-1:]])
+    assert_as_accurate_as_pytorch(stored, attribution, single_attribution, torch.float32)
+    before[rows[known]] = bank[rows[known]]
+    assert torch.equal(bank.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gated(shape, dtype, backend):
-    inputs, given, segments, (ratio, bank, rows) = make_case(shape, dtype)
-    expected = definition(*inputs, segments, "silu", ratio, bank, rows)
-    penalty = sk.ops.NeuronPenalty(WEIGHT, ratio, bank, rows)
-    grads = sk.ops.glu_backward(*inputs, segments=given, penalty=penalty, backend=backend)
-    for actual, wanted in zip((grads.grad_gate, grads.grad_up), expected, strict=False):
-        assert relative(actual, wanted) < RELATIVE_L2[dtype]
-    assert relative(bank, expected[2]) < RELATIVE_L2[torch.float32]
+@pytest.mark.parametrize("case", [case for case in SEGMENTED if case != "no samples"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_shape(op, case, dtype, backend):
+    rows, cols, pairs = SEGMENTED[case]
+    *inputs, grad_h = (random_rows(rows, cols, dtype) for _ in range(OPS[op][1] + 1))
+    segments = as_segments(pairs)
+    compare(op, inputs, grad_h, segments, random_penalty(segments, cols), backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_ungated(shape, backend):
-    (x, _, grad_h), given, segments, (ratio, bank, rows) = make_case(shape, torch.float32)
-    grad_x, _, new_bank = definition(x, torch.ones_like(x), grad_h, segments, "gelu", ratio, bank, rows)
-    penalty = sk.ops.NeuronPenalty(torch.tensor(WEIGHT), ratio, bank, rows)
-    grads = sk.ops.act_backward(x, grad_h, activation="gelu", segments=given, penalty=penalty, backend=backend)
-    assert relative(grads.grad_x, grad_x) < RELATIVE_L2[torch.float32]
-    assert relative(bank, new_bank) < RELATIVE_L2[torch.float32]
-
-
-def test_definition_in_float64():
-    inputs, given, segments, (ratio, bank, rows) = make_case("padding and an empty sample", torch.float64)
-    expected = definition(*inputs, segments, "silu", ratio, bank, rows)
-    penalty = sk.ops.NeuronPenalty(WEIGHT, ratio, bank, rows)
-    grads = sk.ops.glu_backward(*inputs, segments=given, penalty=penalty)
-    for actual, wanted in zip((grads.grad_gate, grads.grad_up, bank), expected, strict=True):
-        assert relative(actual, wanted) < 1e-12
+@pytest.mark.parametrize("activation", eager.ACTIVATIONS)
+@pytest.mark.parametrize("op", OPS)
+def test_every_activation(op, activation, backend):
+    *inputs, grad_h = (random_rows(23, 45, torch.float32, sliced=True) for _ in range(OPS[op][1] + 1))
+    segments = as_segments([(2, 9), (11, 23)])
+    compare(op, inputs, grad_h, segments, random_penalty(segments, 45), activation=activation, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", ["one sample", "padding and an empty sample"])
-def test_scores_and_h_are_those_without_the_penalty(shape, backend):
-    inputs, given, _, (ratio, bank, rows) = make_case(shape, torch.float32)
-    options = {"segments": given, "scores": True, "recompute_h": True, "backend": backend}
-    plain = sk.ops.glu_backward(*inputs, **options)
-    grads = sk.ops.glu_backward(*inputs, **options, penalty=sk.ops.NeuronPenalty(WEIGHT, ratio, bank, rows))
-    assert torch.equal(grads.h, plain.h)
-    for actual, expected in ((grads.h_scores, plain.h_scores), (grads.gate_scores, plain.gate_scores)):
-        assert torch.allclose(torch.stack(actual), torch.stack(expected), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES)
+# Rows that do and do not fit on the chip, columns that are and are not a multiple of 16 bytes.
+@pytest.mark.parametrize("shape", [(3, 5, 37), (2, 21, 72), (2, 140, 8)], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_samples_of_equal_length(op, shape, dtype, backend):
+    """Three dimensions and no segments: a kernel knows every sample's length beforehand."""
+    backward, count = OPS[op]
+    samples, rows, cols = shape
+    *inputs, grad_h = (torch.randn(shape).to(dtype) for _ in range(count + 1))
+    segments = as_segments([(b * rows, (b + 1) * rows) for b in range(samples)])
+    penalty = random_penalty(segments, cols)
+    flat = penalty._replace(bank=penalty.bank.clone())
+    actual = backward(*inputs, grad_h, scores=True, penalty=penalty, backend=backend)
+    expected = backward(
+        *(x.flatten(0, 1) for x in inputs), grad_h.flatten(0, 1), segments=segments, scores=True, penalty=flat,
+        backend="reference",
+    )  # fmt: skip
+    for left, right in zip(actual[:count], expected[:count], strict=True):
+        torch.testing.assert_close(left.flatten(0, 1), right)
+    for left, right in zip(actual[-2:], expected[-2:], strict=True):
+        torch.testing.assert_close(torch.stack(left), torch.stack(right), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(penalty.bank, flat.bank, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_equals_separate(backend):
-    gate_up, grad_h, bank = torch.randn(4, 6, 22), torch.randn(4, 6, 11), torch.randn(4, 11)
-    ratio, rows, twin = torch.ones(4), torch.tensor([1, 0, 3, 2]), bank.clone()
-    options = {"backend": backend}
-    packed = sk.ops.packed_glu_backward(
-        gate_up, grad_h, penalty=sk.ops.NeuronPenalty(WEIGHT, ratio, bank, rows), **options
-    )
-    separate = sk.ops.glu_backward(
-        *gate_up.chunk(2, dim=-1), grad_h, penalty=sk.ops.NeuronPenalty(WEIGHT, ratio, twin, rows), **options
-    )
-    assert torch.equal(packed.grad_gate_up, torch.cat([separate.grad_gate, separate.grad_up], dim=-1))
-    assert torch.equal(bank, twin)
+@pytest.mark.parametrize("op", OPS)
+def test_the_weight_may_be_a_tensor(op, backend):
+    backward, count = OPS[op]
+    tensors = [torch.randn(9, 21) for _ in range(count + 1)]
+    penalty = random_penalty(as_segments([(0, 9)]), 21, weight=0.25)
+    same = penalty._replace(weight=torch.tensor(0.25), bank=penalty.bank.clone())
+    number = backward(*tensors, penalty=penalty, backend=backend)
+    tensor = backward(*tensors, penalty=same, backend=backend)
+    assert torch.equal(number[0], tensor[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_scores_and_h_are_those_without_it(op, backend):
+    backward, count = OPS[op]
+    tensors = [torch.randn(30, 21) for _ in range(count + 1)]
+    segments = as_segments([(0, 13), (15, 30)])
+    options = {"segments": segments, "scores": True, "recompute_h": True, "backend": backend}
+    with_it = backward(*tensors, penalty=random_penalty(segments, 21), **options)
+    without = backward(*tensors, **options)
+    assert not torch.equal(with_it[0], without[0])
+    assert torch.equal(with_it.h, without.h)
+    for scores, expected in zip(with_it[-2:], without[-2:], strict=True):
+        assert torch.equal(scores.max, expected.max)
+        assert torch.equal(scores.min, expected.min)
+        torch.testing.assert_close(scores.sum, expected.sum, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_samples_without_rows_score_0_and_are_stored(op, backend):
+    backward, count = OPS[op]
+    tensors = [torch.randn(0, 7) for _ in range(count + 1)]
+    penalty = sk.ops.NeuronPenalty(0.1, torch.ones(2), torch.ones(3, 7), torch.tensor([2, 0]))
+    options = {"segments": as_segments([(0, 0), (0, 0)]), "scores": True, "penalty": penalty, "backend": backend}
+    for scores in backward(*tensors, **options)[-2:]:
+        assert torch.equal(torch.stack(scores), torch.zeros(3, 2, 7))
+    assert penalty.bank[:, 0].tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_ratio_of_0_changes_no_gradient(op, backend):
+    backward, count = OPS[op]
+    tensors = [torch.randn(8, 21) for _ in range(count + 1)]
+    penalty = random_penalty(as_segments([(0, 8)]), 21)._replace(ratio=torch.zeros(1))
+    with_it, without = (backward(*tensors, penalty=p, backend=backend) for p in (penalty, None))
+    assert torch.equal(with_it[0], without[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_nan_reaches_the_bank(op, backend):
+    backward, count = OPS[op]
+    *inputs, grad_h = (torch.randn(6, 21) for _ in range(count + 1))
+    grad_h[3, 17] = NAN
+    bank = torch.zeros(2, 21)
+    penalty = sk.ops.NeuronPenalty(0.1, torch.ones(1), bank, torch.tensor([1]))
+    grad = backward(*inputs, grad_h, penalty=penalty, backend=backend)[0]
+    assert bank.isnan().nonzero().tolist() == [[1, 17]]
+    assert grad.isnan().nonzero().tolist() == [[3, 17]]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_reference_in_float64(op):
+    *inputs, grad_h = (torch.randn(17, 9, dtype=torch.float64) for _ in range(OPS[op][1] + 1))
+    segments = as_segments([(0, 6), (6, 9), (9, 17)])
+    penalty = random_penalty(segments, 9, dtype=torch.float64)
+    weight, ratio, bank, rows = penalty
+    exact, _ = eager.neuron_penalty(inputs, grad_h, segments, "gelu", weight, ratio, bank[rows], rows)
+    options = {"segments": segments, "activation": "gelu", "penalty": penalty}
+    actual = OPS[op][0](*inputs, grad_h, **options)
+    for value, wanted in zip(actual, exact, strict=False):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_into_one_graph(op):
+    """The bank's update is part of the graph."""
+    tensors = [torch.randn(9, 21) for _ in range(OPS[op][1] + 1)]
+    penalty = random_penalty(as_segments([(0, 9)]), 21)
+
+    def run(bank):
+        return OPS[op][0](*tensors, penalty=penalty._replace(bank=bank))[0]
+
+    eagerly, compiled = penalty.bank.clone(), penalty.bank.clone()
+    graph = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(graph(compiled), run(eagerly))
+    assert torch.equal(compiled.nan_to_num(), eagerly.nan_to_num())
 
 
 BAD = {
-    "penalty.ratio is torch.float64": {"ratio": torch.ones(2, dtype=torch.float64)},
-    r"penalty.ratio is torch.float32 \[3\]": {"ratio": torch.ones(3)},
-    r"penalty.bank is torch.float32 \[3, 5\]": {"bank": torch.zeros(3, 5)},
-    "penalty.bank is not contiguous": {"bank": torch.zeros(8, 3).t()},
-    "penalty.rows is torch.int32": {"rows": torch.tensor([0, 1], dtype=torch.int32)},
-    r"penalty.rows is \[0, 3\]": {"rows": torch.tensor([0, 3])},
-    r"penalty.rows is \[1, 1\]": {"rows": torch.tensor([1, 1])},
-    r"penalty.weight is \[1\]": {"weight": torch.ones(1)},
+    "a float64 bank": (TypeError, "bank", {"bank": torch.zeros(2, 5, dtype=torch.float64)}),
+    "another width": (ValueError, "bank", {"bank": torch.zeros(2, 4)}),
+    "a strided bank": (ValueError, "contiguous", {"bank": torch.zeros(5, 2).t()}),
+    "int32 rows": (TypeError, "rows", {"rows": torch.zeros(1, dtype=torch.int32)}),
+    "more ratios than samples": (ValueError, "ratio", {"ratio": torch.ones(2)}),
+    "a negative weight": (ValueError, "weight", {"weight": -1.0}),
+    "NaN for a weight": (ValueError, "weight", {"weight": NAN}),
+    "a list of ratios": (TypeError, "ratio", {"ratio": [1.0]}),
+    "weights": (ValueError, "weight", {"weight": torch.ones(1)}),
+    "a row past the end": (ValueError, "rows", {"rows": torch.tensor([2])}),
+    "row -2": (ValueError, "rows", {"rows": torch.tensor([-2])}),
+    "another device": (ValueError, "ratio", {"ratio": torch.ones(1, device="meta")}),
 }
 
 
-@pytest.mark.parametrize(("message", "wrong"), BAD.items(), ids=BAD)
-def test_bad_penalty(message, wrong):
-    fields = {"weight": 1.0, "ratio": torch.ones(2), "bank": torch.zeros(3, 8), "rows": torch.tensor([0, 1])}
-    x = torch.randn(2, 4, 8)
-    with pytest.raises(ValueError, match=message):
-        sk.ops.glu_backward(x, x, x, penalty=sk.ops.NeuronPenalty(**{**fields, **wrong}))
+@pytest.mark.parametrize(("error", "message", "changes"), BAD.values(), ids=BAD)
+def test_bad_input(error, message, changes):
+    penalty = sk.ops.NeuronPenalty(0.1, torch.ones(1), torch.zeros(2, 5), torch.tensor([0]))._replace(**changes)
+    with pytest.raises(error, match=message):
+        sk.ops.act_backward(torch.randn(3, 5), torch.randn(3, 5), penalty=penalty)
+
+
+def test_a_row_named_twice():
+    penalty = sk.ops.NeuronPenalty(0.1, torch.ones(2), torch.zeros(2, 5), torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match="different"):
+        sk.ops.act_backward(torch.randn(2, 3, 5), torch.randn(2, 3, 5), penalty=penalty)

@@ -7,8 +7,9 @@ import sys
 import ssiuu_kernels as sk
 
 TOP_LEVEL = {
-    "Availability", "GluGrads", "NeuronScores", "PatchHandle", "PenaltyStats", "SsiuuAdamW", "SsiuuPenalty",
-    "available_backends", "collect_env", "ops", "patch", "sequence_log_probs",
+    "ActGrads", "Availability", "GluGrads", "NeuronPenalty", "NeuronScores", "PackedGluGrads", "PatchHandle",
+    "PenaltyStats", "SsiuuAdamW", "SsiuuPenalty", "available_backends", "collect_env", "ops", "patch",
+    "sequence_log_probs",
 }  # fmt: skip
 SIGNATURES = {
     sk.ops.glu_forward: "gate up activation backend",
@@ -32,9 +33,9 @@ SIGNATURES = {
 FIELDS = {
     sk.NeuronScores: "max min sum",
     sk.GluGrads: "grad_gate grad_up h h_scores gate_scores",
-    sk.ops.PackedGluGrads: "grad_gate_up h h_scores gate_scores",
-    sk.ops.ActGrads: "grad_x h h_scores x_scores",
-    sk.ops.NeuronPenalty: "weight ratio bank rows",
+    sk.PackedGluGrads: "grad_gate_up h h_scores gate_scores",
+    sk.ActGrads: "grad_x h h_scores x_scores",
+    sk.NeuronPenalty: "weight ratio bank rows",
     sk.PenaltyStats: "value penalty_grad_norm loss_grad_norm share negative",
     sk.Availability: "ok reason",
 }

@@ -131,7 +131,7 @@ def _hidden_backward(
 def _(x, up, grad_h, segments, activation, scores, recompute_h, packed, *_):
     grads = empty_grads(x, up, packed)
     h_scores = empty_scores(x, segments) if scores else absent(x)
-    return grads, torch.empty_like(x) if recompute_h else absent(x), h_scores, torch.empty_like(h_scores)
+    return grads, x.new_empty(x.shape) if recompute_h else absent(x), h_scores, torch.empty_like(h_scores)
 
 
 def _save_inputs(ctx, inputs, output) -> None:

@@ -16,7 +16,7 @@ from ..token_scores.reference import segment_scores
 def hidden_forward(x: Tensor, up: Tensor | None, activation: str) -> Tensor:  # [T, F], [T, F] -> [T, F]
     dtype = compute_dtype(x.dtype)
     h = ACTIVATIONS[activation].value(x.to(dtype))
-    return (h if up is None else h * up.to(dtype)).to(x.dtype)
+    return (h if up is None else h * up.to(dtype)).to(x.dtype).contiguous()
 
 
 def hidden_backward(
@@ -46,7 +46,8 @@ def hidden_backward(
     grad_x.copy_(dh * unit_slope)
     if grad_up is not None:
         grad_up.copy_(dh * activated)
-    return grads, h.to(x.dtype) if recompute_h else absent(x), h_scores if scores else absent(x), x_scores
+    h = h.to(x.dtype).contiguous() if recompute_h else absent(x)
+    return grads, h, h_scores if scores else absent(x), x_scores
 
 
 def penalty_factor(h_sum: Tensor, segments: Tensor, rows: int, penalty: NeuronPenalty) -> Tensor:

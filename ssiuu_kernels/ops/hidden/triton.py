@@ -30,8 +30,9 @@ from ..triton_support import split_count
 # A thread moves 16 bytes of a tensor at once; 4 warps make a stripe of 128 or 256 columns and 8 or 4 rows.
 BLOCK_D = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 BLOCK_T, NUM_WARPS = 4, 4
-# The penalty's tile stays in registers up to this many rows of 64 columns (512 threads of 16 elements a tensor).
-RESIDENT_ROWS, RESIDENT_COLS, RESIDENT_WARPS = 128, 64, 16
+# The penalty's tile of 64 columns stays in registers up to this many rows, with 16 elements of a tensor a thread.
+# Scores need registers too, of which 512 threads have too few.
+RESIDENT_ROWS, RESIDENT_ROWS_WITH_SCORES, RESIDENT_COLS = 128, 64, 64
 BLOCK_B = 64  # segments that `sample_rows` looks at at once
 
 
@@ -160,6 +161,8 @@ def penalty_factor(h_sum, ratio, bank, bank_row, col, inside, cols, twice_weight
         before = tl.load(place, mask=inside, other=0.0)
         penalised = (attribution < 0) & (before == before)
         factor = tl.where(penalised, 1.0 + twice_weight * ratio * (attribution - before), 1.0)
+        # Several threads hold the same neuron: all must have read before one of them writes.
+        tl.debug_barrier()
         tl.store(place, attribution, mask=inside)
     return factor
 
@@ -204,6 +207,7 @@ def hidden_bwd_penalty_kernel(
     h_max = tl.full([BLOCK_D], float("-inf"), tl.float32)
     h_min = tl.full([BLOCK_D], float("inf"), tl.float32)
     h_sum = tl.zeros([BLOCK_D], tl.float32)
+    h_error = h_sum
     x_max, x_min, x_sum = h_max, h_min, h_sum
     # RESIDENT: the sample fits in one block, which stays in registers for the second half.
     x_tile = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -217,7 +221,11 @@ def hidden_bwd_penalty_kernel(
             up_tile = tl.load(up + row * up_stride + col[None, :], mask=scored, other=0.0).to(tl.float32)
         h_tile, dx, dup = hidden_grads(x_tile, up_tile, grad_tile, ACT, GATED)
         product = h_tile * grad_tile
-        h_sum += tl.sum(product, 0)
+        # Compensated (Kahan): nothing splits this sum, and the gradients depend on it.
+        term = tl.sum(product, 0) - h_error
+        longer = h_sum + term
+        h_error = (longer - h_sum) - term
+        h_sum = longer
         if SCORES:
             h_max = running_max(h_max, tl.reduce(tl.where(scored, product, float("-inf")), 0, running_max))
             h_min = running_min(h_min, tl.reduce(tl.where(scored, product, float("inf")), 0, running_min))
@@ -334,13 +342,22 @@ def _launch_penalised(
     tensors, strides, segments, h_scores, x_scores, longest: int, penalty: NeuronPenalty, constants
 ) -> None:
     rows, cols = tensors[0].shape
-    if rows == 0 or cols == 0:
+    if cols == 0:
         return
-    resident = 0 < longest <= RESIDENT_ROWS and h_scores is None  # with scores beside the tile, registers spill
-    block_t = triton.next_power_of_2(longest) if resident else BLOCK_T
-    block_d, warps = (RESIDENT_COLS, RESIDENT_WARPS) if resident else (BLOCK_D[tensors[0].dtype], NUM_WARPS)
+    scores = h_scores is not None
+    resident = 0 < longest <= (RESIDENT_ROWS_WITH_SCORES if scores else RESIDENT_ROWS)
+    if resident:
+        block_t, block_d, warps = resident_blocks(longest)
+    else:
+        block_t, block_d, warps = BLOCK_T, BLOCK_D[tensors[0].dtype], NUM_WARPS
     hidden_bwd_penalty_kernel[len(segments), triton.cdiv(cols, block_d)](
         *tensors, segments, *(segments if part is None else part for part in (h_scores, x_scores)),
         *penalty, *strides, len(segments), rows, cols,
-        **constants, SCORES=h_scores is not None, RESIDENT=resident, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
+        **constants, SCORES=scores, RESIDENT=resident, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
+
+
+def resident_blocks(longest: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program that keeps a sample of up to `longest` rows in registers."""
+    block_t = triton.next_power_of_2(max(longest, 8))
+    return block_t, RESIDENT_COLS, block_t * RESIDENT_COLS // (16 * 32)

@@ -35,19 +35,19 @@ def backward(element, gated, scores, activation="silu", write_h=False):
 
 
 def penalised(element, gated, resident, scores=False):
+    most = hidden.RESIDENT_ROWS_WITH_SCORES if scores else hidden.RESIDENT_ROWS
+    blocks = hidden.resident_blocks(most) if resident else (hidden.BLOCK_T, DTYPES[element], hidden.NUM_WARPS)
     constants = {
-        "ACT": CODES["silu"], "GATED": gated, "WRITE_H": False, "SCORES": scores, "RESIDENT": resident,
-        "BLOCK_B": hidden.BLOCK_B, "BLOCK_T": hidden.RESIDENT_ROWS if resident else hidden.BLOCK_T,
-        "BLOCK_D": hidden.RESIDENT_COLS if resident else DTYPES[element],
+        "ACT": CODES["silu"], "GATED": gated, "WRITE_H": scores, "SCORES": scores, "RESIDENT": resident,
+        "BLOCK_B": hidden.BLOCK_B, "BLOCK_T": blocks[0], "BLOCK_D": blocks[1],
     }  # fmt: skip
     state = {
         "segments": "*i32", "h_scores": "*fp32", "x_scores": "*fp32", "weight": "*fp32", "ratio": "*fp32",
         "bank": "*fp32", "bank_rows": "*i64",
     }  # fmt: skip
-    extras = " + scores" * scores + " + penalty, " + ("resident" if resident else "two passes")
-    name = f"{'glu' if gated else 'act'}_backward{extras} {element}"
-    warps = hidden.RESIDENT_WARPS if resident else hidden.NUM_WARPS
-    return Case(name, hidden.hidden_bwd_penalty_kernel, types(element, **state), constants, warps,
+    how = f"{'resident' if resident else 'two passes'}{' + scores + h' * scores}"
+    name = f"{'glu' if gated else 'act'}_backward + penalty, {how} {element}"
+    return Case(name, hidden.hidden_bwd_penalty_kernel, types(element, **state), constants, blocks[2],
                 unaligned=("samples", "rows"))  # fmt: skip
 
 
@@ -64,8 +64,9 @@ CASES = [
         backward(element, gated=True, scores=True, activation="gelu_tanh"),
         backward(element, gated=False, scores=True, activation="gelu"),
         penalised(element, gated=True, resident=True),
-        penalised(element, gated=True, resident=False),
+        penalised(element, gated=True, resident=True, scores=True),
         penalised(element, gated=True, resident=False, scores=True),
+        penalised(element, gated=True, resident=False),
         penalised(element, gated=False, resident=False),
     )
 ]

@@ -1,8 +1,8 @@
 // Enough of CUDA to compile csrc/cuda with a C++ compiler and run its kernels on the CPU.
 //
-// A block's threads are fibers of one operating-system thread. Each runs until it waits, at a block's barrier or a warp's
-// shuffle, and goes on when all that it waits for are there; blocks run one after another. So results are those of one
-// legal order of execution. What this does not show: races between warps that no barrier orders, and speed.
+// A block's threads are fibers of one operating-system thread. Each runs until it waits, at a block's barrier or a
+// warp's shuffle, and goes on when all that it waits for are there; blocks run one after another. So results are those
+// of one legal order of execution. What this does not show: races between warps that no barrier orders, and speed.
 #pragma once
 
 #include <ucontext.h>
@@ -31,11 +31,29 @@ using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 99 * 1024;  // the least among the supported: compute capability 8.6 and 8.9
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->sharedSizeBytes = 16 * 1024;
   return cudaSuccess;
 }
 
@@ -54,7 +72,7 @@ namespace emulation {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kSharedBytes = 256 * 1024;
+constexpr size_t kSharedBytes = 99 * 1024;
 
 enum class State { kRunnable, kAtBarrier, kAtShuffle, kDone };
 
@@ -162,7 +180,13 @@ T __shfl_down_sync(unsigned, T value, int offset) {
 
 inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
 inline int atomicMin(int* address, int value) { return std::exchange(*address, std::min(*address, value)); }
-inline void __stwb(uint4* address, uint4 value) { *address = value; }
+
+// An instruction for global memory: it does not reach a block's shared memory, which keeps its NaN.
+inline void __stwb(uint4* address, uint4 value) {
+  const char* byte = reinterpret_cast<const char*>(address);
+  const bool shared = byte >= emulation::dynamic_shared && byte < emulation::dynamic_shared + emulation::kSharedBytes;
+  if (!shared) *address = value;
+}
 
 using std::max;
 using std::min;
