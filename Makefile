@@ -6,11 +6,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format build demo clean
+.PHONY: help test lint format build demo gpu clean
 
 help:
 	@echo "make test    set up, build, lint, run the tests"
 	@echo "make demo    set up, build, run the demonstration: unlearn, attack, diagnose, report"
+	@echo "make gpu     on a machine with a GPU: build into its Python, test, sanitize, benchmark"
 	@echo "make build   set up and build the native module"
 	@echo "make lint    ruff and clang-format, checking only; make format rewrites"
 	@echo "make clean   remove everything that the other targets made"
@@ -20,6 +21,15 @@ test: lint build
 
 demo: build
 	$(BIN)/ssiuu demo
+
+# Into the Python at hand, which has torch, triton and the build tools: nothing is downloaded. In under ten minutes.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
+	$(PYTHON) -m pytest -q -m gpu
+	sh -c 'command -v compute-sanitizer || { echo "compute-sanitizer was not found: skipped"; exit 0; }; \
+	  for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m "gpu and sanitizer" || exit 1; done'
+	$(PYTHON) -m benchmarks --suite glu scores penalty attribution --runs 10
 
 build: $(VENV)/.built
 

@@ -14,6 +14,8 @@ from ssiuu_kernels.env import environment
 from .cases import Case
 from .timing import Times
 
+Row = dict
+
 
 def provenance() -> dict[str, str]:
     """Commit, date and environment of this run."""
@@ -22,7 +24,15 @@ def provenance() -> dict[str, str]:
     return {"commit": commit.stdout.strip() or "unknown", "date": now, **environment()}
 
 
-def make_row(case: Case, candidate: str, error: float, times: Times | None, ours: Times | None, copy: float) -> dict:
+def make_row(
+    case: Case,
+    candidate: str,
+    error: float,
+    times: Times | None,
+    ours: Times | None,
+    copy: float,
+    peak: int | None = None,
+) -> Row:
     """One row; without times where the gate is closed.
 
     Args:
@@ -30,17 +40,30 @@ def make_row(case: Case, candidate: str, error: float, times: Times | None, ours
         times: the candidate's; None where its gate is closed.
         ours: those of the case's first candidate, for the ratio.
         copy: copy bandwidth of this run, bytes per second.
+        peak: bytes above the inputs; None where not known.
     """
     row = {"suite": case.suite, "case": case.name, "candidate": candidate, "error": error, "passed": times is not None}
-    if times is not None:
+    if times is None:
+        return row
+    row |= {"median_ms": times.median, "p20_ms": times.p20, "p80_ms": times.p80, "peak_bytes": peak}
+    if case.moved_bytes is not None:
         rate = case.moved_bytes / (times.median * 1e-3)
-        row |= {"median_ms": times.median, "p20_ms": times.p20, "p80_ms": times.p80, "moved_bytes": case.moved_bytes}
-        row |= {"gb_per_s": rate / 1e9, "share_of_copy": rate / copy}
-        row["times_ours"] = times.median / ours.median if ours is not None else None
+        row |= {"moved_bytes": case.moved_bytes, "gb_per_s": rate / 1e9, "share_of_copy": rate / copy}
+    if case.tokens is not None:
+        row["tokens_per_s"] = case.tokens / (times.median * 1e-3)
+    row["times_ours"] = times.median / ours.median if ours is not None else None
     return row
 
 
-def write_json(path: Path, rows: list[dict], copy: float) -> None:
+def missing_rows(case: Case) -> list[Row]:
+    """A row for each peer that could not take part, with the reason."""
+    return [
+        {"suite": case.suite, "case": case.name, "candidate": name, "missing": reason, "passed": None}
+        for name, reason in case.missing.items()
+    ]
+
+
+def write_json(path: Path, rows: list[Row], copy: float) -> None:
     """Write the run's record, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"provenance": provenance(), "copy_gb_per_s": copy / 1e9, "rows": rows}
@@ -49,26 +72,41 @@ def write_json(path: Path, rows: list[dict], copy: float) -> None:
     partial.replace(path)
 
 
-def make_table(rows: list[dict], copy: float) -> Table:
+HEADINGS = ("case", "candidate", "ms (20 %, 80 %)", "rate", "of copy", "x ours", "MB", "error")
+
+
+def cells(row: Row) -> list[str]:
+    """The row as text, in the order of `HEADINGS`."""
+    name = [row["case"], row["candidate"]]
+    if row["passed"] is None:
+        return [*name, row["missing"], *[""] * 5]
+    if not row["passed"]:
+        return [*name, "wrong result, not timed", *[""] * 4, f"{row['error']:.1e}"]
+    if "tokens_per_s" in row:
+        rate, share = f"{row['tokens_per_s']:,.0f} tokens/s", ""
+    else:
+        rate, share = f"{row['gb_per_s']:.1f} GB/s", f"{row['share_of_copy']:.0%}"
+    return [
+        *name,
+        f"{row['median_ms']:.3g} ({row['p20_ms']:.3g}, {row['p80_ms']:.3g})",
+        rate,
+        share,
+        "" if row["times_ours"] is None else f"{row['times_ours']:.2f}",
+        "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.0f}",
+        f"{row['error']:.1e}",
+    ]
+
+
+def make_table(rows: list[Row], copy: float) -> Table:
     """The rows for a terminal."""
     table = Table(title=f"copy bandwidth {copy / 1e9:.1f} GB/s", title_justify="left")
-    for heading in ("case", "candidate", "ms (20 %, 80 %)", "GB/s", "of copy", "x ours", "error"):
-        table.add_column(heading, justify="left" if heading in ("case", "candidate") else "right")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
     previous = None
     for row in rows:
         if previous not in (None, row["case"]):
             table.add_section()
-        name, previous = row["case"] if row["case"] != previous else "", row["case"]
-        if not row["passed"]:
-            table.add_row(name, row["candidate"], "wrong result, not timed", "", "", "", f"{row['error']:.1e}")
-            continue
-        table.add_row(
-            name,
-            row["candidate"],
-            f"{row['median_ms']:.1f} ({row['p20_ms']:.1f}, {row['p80_ms']:.1f})",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['share_of_copy']:.0%}",
-            "" if row["times_ours"] is None else f"{row['times_ours']:.2f}",
-            f"{row['error']:.1e}",
-        )
+        name, *rest = cells(row)
+        table.add_row(name if row["case"] != previous else "", *rest)
+        previous = row["case"]
     return table

@@ -1,4 +1,4 @@
-"""Wall-clock times of interleaved candidates, and the copy bandwidth that limits them."""
+"""Times of interleaved candidates, their peak memory, and the copy bandwidth that limits them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .cases import Case
+from .device import DEVICE, ON_GPU
 
 
 class Times(NamedTuple):
@@ -39,14 +40,36 @@ def time_case(case: Case, candidates: list[str], runs: int) -> dict[str, Times]:
     return {name: summarise(found) for name, found in milliseconds.items()}
 
 
+def peak_bytes(case: Case, candidate: str) -> int | None:
+    """Largest device memory of one run above its inputs. None on a CPU, where torch does not count."""
+    if not ON_GPU:
+        return None
+    inputs = case.inputs()
+    case.candidates[candidate](inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    case.candidates[candidate](inputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def copy_bandwidth(size: int = 1 << 28, runs: int = 10) -> float:
     """Bytes per second that a plain copy of `size` bytes reads and writes together, median of `runs`."""
-    source, target = torch.rand(size // 4), torch.rand(size // 4)
+    source, target = (torch.rand(size // 4, device=DEVICE) for _ in range(2))
     found = [_milliseconds(lambda: target.copy_(source)) for _ in range(runs + 2)][2:]
     return 2 * size / (statistics.median(found) * 1e-3)
 
 
 def _milliseconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    if not ON_GPU:
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
     function()
-    return (time.perf_counter() - start) * 1e3
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)

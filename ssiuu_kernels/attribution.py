@@ -48,9 +48,11 @@ def attribute(
         log_probs.sum().backward()
     # The factor is positive: it passes through max and min, and coming last it lets nothing underflow before.
     factor = target_factor(log_probs, lengths, target)[:, None]
+    # In the model's order: the backward found the last module first.
     return {
-        name: {kind: NeuronScores(*(part * factor for part in scores)) for kind, scores in kinds.items()}
-        for name, kinds in recorder.found.items()
+        name: {kind: NeuronScores(*(part * factor for part in scores)) for kind, scores in recorder.found[name].items()}
+        for name, _ in model.named_modules()
+        if name in recorder.found
     }
 
 

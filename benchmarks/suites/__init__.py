@@ -1,5 +1,5 @@
 """One file a suite; each has `cases()`."""
 
-from . import glu, penalty, scores
+from . import attribution, glu, penalty, scores
 
-SUITES = {"glu": glu.cases, "scores": scores.cases, "penalty": penalty.cases}
+SUITES = {"glu": glu.cases, "scores": scores.cases, "penalty": penalty.cases, "attribution": attribution.cases}

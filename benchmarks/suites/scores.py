@@ -9,7 +9,9 @@ import torch
 
 import ssiuu_kernels as sk
 
+from .. import peers
 from ..cases import Case, Tensors
+from ..device import DEVICE, backends
 
 SHAPE = (8, 512, 4096)
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -22,7 +24,11 @@ def cases() -> Iterator[Case]:
             name=f"token_scores {'x'.join(map(str, SHAPE))} {str(dtype).removeprefix('torch.')}",
             moved_bytes=2 * SHAPE[0] * SHAPE[1] * SHAPE[2] * dtype.itemsize + 3 * SHAPE[0] * SHAPE[2] * 4,
             inputs=partial(_inputs, dtype),
-            candidates={backend: partial(_scores, backend=backend) for backend in ("native", "reference")},
+            candidates={
+                **{backend: partial(_scores, backend=backend) for backend in backends()},
+                "eager": peers.token_scores,
+                "torch.compile": peers.compiled(peers.token_scores),
+            },
             exact=partial(_scores, backend="reference"),
             tolerance=tolerance,
             inputs_per_run=2,
@@ -30,7 +36,7 @@ def cases() -> Iterator[Case]:
 
 
 def _inputs(dtype: torch.dtype) -> Tensors:
-    return {name: torch.randn(SHAPE).to(dtype) for name in ("z", "grad_z")}
+    return {name: torch.randn(SHAPE, device=DEVICE).to(dtype) for name in ("z", "grad_z")}
 
 
 def _scores(inputs: Tensors, backend: str) -> Tensors:

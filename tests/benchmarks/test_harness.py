@@ -1,13 +1,15 @@
 """The benchmark harness: its gate, its record, and that every suite's cases fit together."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from benchmarks.__main__ import main, run_case
+from benchmarks.__main__ import DOCS, RESULTS, main, run_case
 from benchmarks.cases import Case
 from benchmarks.gate import errors
+from benchmarks.plot import render, write_docs
 from benchmarks.record import write_json
 from benchmarks.suites import SUITES
 from benchmarks.timing import summarise
@@ -61,6 +63,8 @@ SMALL = {
     "benchmarks.suites.glu.SHAPES": [(2, 3, 20)],
     "benchmarks.suites.scores.SHAPE": (2, 3, 20),
     "benchmarks.suites.penalty.SIZE": 1000,
+    "benchmarks.suites.attribution.SHAPES": {"tiny": (16, 2, 24, 2, 1, 50)},
+    "benchmarks.suites.attribution.BATCH": (2, 6),
 }
 
 
@@ -78,3 +82,34 @@ def test_exit_status_tells_of_a_wrong_result(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.__main__.copy_bandwidth", lambda: 1e9)
     monkeypatch.setattr("sys.argv", ["benchmarks", "--runs", "2", "--out", str(tmp_path / "run.json")])
     assert main() == 1
+
+
+def test_a_peer_that_is_missing_has_a_row_with_the_reason():
+    case = dataclasses.replace(doubling(ours=lambda x: 2 * x), missing={"peer": "is not installed"})
+    *_, row = run_case(case, runs=2, copy=1e9)
+    assert (row["candidate"], row["passed"], row["missing"]) == ("peer", None, "is not installed")
+
+
+def test_a_rate_of_tokens():
+    case = dataclasses.replace(doubling(ours=lambda x: 2 * x), moved_bytes=None, tokens=100)
+    (row,) = run_case(case, runs=2, copy=1e9)
+    assert row["tokens_per_s"] == pytest.approx(100 / (row["median_ms"] * 1e-3))
+    assert "gb_per_s" not in row
+
+
+def test_plot_shows_every_row_of_a_record(tmp_path):
+    case = dataclasses.replace(
+        doubling(ours=lambda x: 2 * x, peer=lambda x: x + x, wrong=lambda x: x), missing={"absent": "is not installed"}
+    )
+    write_json(tmp_path / "results" / "cpu.json", run_case(case, runs=2, copy=1e9), copy=1e9)
+    *figures, page = write_docs(tmp_path / "results", tmp_path / "docs")
+    text = page.read_text()
+    for part in ("ours", "peer", "wrong result, not timed", "is not installed", "1.0 GB/s"):
+        assert part in text
+    assert [figure.name for figure in figures] == ["cpu-test.png"]
+    assert figures[0].stat().st_size > 0
+
+
+def test_the_committed_page_is_that_of_the_committed_records():
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    assert (DOCS / "benchmarks.md").read_text() == render(records)

@@ -30,7 +30,7 @@ SEGMENTED = {
     "an empty sample": (13, 65, [(0, 6), (6, 6), (6, 13)]),
     "packed, out of order": (50, 31, [(30, 50), (0, 11), (11, 30)]),
     "a long sample": (1101, 7, [(0, 900), (910, 1101)]),
-    "one column": (19, 1, [(0, 10), (10, 19)]),
+    "one column": (120, 1, [(row, row + 9) for row in range(0, 120, 10)]),
     "wide": (3, 2053, [(0, 2), (2, 3)]),
 }
 

@@ -80,6 +80,13 @@ def test_float32_on_native():
         assert (actual - wanted).norm() / wanted.norm() < 1e-4, (name, kind)
 
 
+def test_modules_come_in_the_model_s_order():
+    model = tiny_model()
+    with sk.patch(model, scope="all") as handle:
+        found = list(handle.attribute(tiny_batch()))
+    assert found == [f"model.layers.{layer}.{part}" for layer in range(2) for part in ("self_attn", "mlp")]
+
+
 def test_scope_mlp_has_the_mlps_alone():
     with sk.patch(tiny_model()) as handle:
         found = handle.attribute(tiny_batch())
