@@ -20,7 +20,7 @@ from .progress import job
 from .prompts import PromptFormat
 from .runs import Run
 
-KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 TOP = 100  # neurons in the reported sums, as in the paper
 
 
@@ -91,7 +91,8 @@ def measure_influence(
     Memory is one batch's attribution and three vectors a module, whatever the number of samples.
 
     Args:
-        model: a Hugging Face causal language model with gated MLPs, not patched; it is run in eval mode, and left so.
+        model: a Hugging Face causal language model whose MLPs can all be patched, and are not; it is run in eval mode,
+            and left so.
         batches: as for `PatchHandle.attribute`: input_ids, labels, attention_mask, each `[B, S]`, on any device.
         target: the quantity attributed; the paper's is "prob".
         backend: backend of the kernels.
@@ -101,7 +102,7 @@ def measure_influence(
         kind -> `Influence` of `[layers, width]` on the CPU, for the kinds that the model has.
 
     Raises:
-        ValueError: no batches, a model without gated MLPs or with layers of different widths, or attribution that is
+        ValueError: no batches, a model without such MLPs or with layers of different widths, or attribution that is
             not finite.
     """
     totals: dict[tuple[str, str], Influence] = {}
@@ -112,7 +113,7 @@ def measure_influence(
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             size = len(batch["labels"])
             for name, kinds in handle.attribute(batch, target=target).items():
-                for kind, scores in kinds.items():
+                for kind, scores in _paper_kinds(kinds).items():
                     part = Influence(*(mean * size for mean in _mean_influence(scores)))
                     old = totals.get((name, kind))
                     totals[name, kind] = part if old is None else Influence(*map(torch.add, old, part))
@@ -125,8 +126,15 @@ def measure_influence(
     layers: dict[str, list[Influence]] = {}
     for name, kind in sorted(totals, key=lambda key: order[key[0]]):
         means = Influence(*(total.cpu() / samples for total in totals[name, kind]))
-        layers.setdefault("up" if kind == "h" else kind, []).append(means)  # up * dup = h * dh
+        layers.setdefault(kind, []).append(means)
     return {kind: _stack(kind, layers[kind]) for kind in KINDS if kind in layers}
+
+
+def _paper_kinds(kinds: dict[str, sk.NeuronScores]) -> dict[str, sk.NeuronScores]:
+    """The scores by the modules that the paper speaks of: h stands for up in a gated MLP, where `up * dup = h * dh`."""
+    if "up" in kinds:
+        return {kind: scores for kind, scores in kinds.items() if kind != "h"}
+    return {"up" if kind == "h" else kind: scores for kind, scores in kinds.items()}
 
 
 def _stack(kind: str, layers: list[Influence]) -> Influence:

@@ -31,16 +31,20 @@ class Run:
         self.attacks, self.metrics = self.path / "attacks", self.path / "metrics.jsonl"
 
     @classmethod
-    def claim(cls, path: str | Path, config: dict[str, Any], resume: bool) -> Run:
+    def claim(cls, path: str | Path, config: dict[str, Any], resume: bool | None = None) -> Run:
         """A run that may be started (`start`) or resumed in this folder; nothing is written yet.
 
+        Args:
+            resume: None where the run is of a kind that cannot be resumed.
+
         Raises:
-            ValueError: the folder exists and resume is false; nothing to resume, other options, or a finished run.
+            ValueError: the folder exists and resume is not true; nothing to resume, other options, or a finished run.
         """
         run = cls(path)
         if not resume:
             if run.path.exists():
-                raise ValueError(f"run folder {run.path} exists; choose another, or continue it with --resume")
+                advice = "" if resume is None else ", or continue it with --resume"
+                raise ValueError(f"run folder {run.path} exists; choose another{advice}")
             return run
         before = run.read("config.json")
         if before["status"] == COMPLETE:
@@ -101,22 +105,24 @@ class Run:
     def split(self) -> Split:
         """The sets of this run."""
         stored = self.read("split.json")
-        return Split(
-            *(
-                [Fact(**{**f, "false_options": tuple(f["false_options"])}) for f in stored[name]]
-                for name in Split._fields
-            )
-        )
+        return Split(*([_stored_fact(fact) for fact in stored[name]] for name in Split._fields))
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint: the Trainer writes its state file last."""
         found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
         return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
-    def truncate_metrics(self, steps: int) -> None:
-        """Drop the lines of steps after `steps`, which a resumed run will write again."""
+    def rewind(self) -> tuple[Path | None, int]:
+        """The newest checkpoint and its step; the metrics of later steps are dropped, to be written again."""
+        checkpoint = self.last_checkpoint()
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self._truncate_metrics(done)
+        return checkpoint, done
+
+    def _truncate_metrics(self, steps: int) -> None:
+        """Drop the lines of steps after `steps`."""
         if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]  # without a line that was cut off
             kept = [line for line in lines if json.loads(line)["step"] <= steps]
             partial = self.metrics.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

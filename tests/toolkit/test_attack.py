@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from ssiuu.attack import Attack, attack_grid, attack_run
 from ssiuu.evaluate import evaluate_run
 from ssiuu.finetune import finetune
+from ssiuu.metrics import score_facts
 from ssiuu.unlearn import UnlearnOptions, unlearn
 
 
@@ -96,3 +97,21 @@ def test_finetuning_teaches_the_facts(model_dir, facts_file, tmp_path):
     run = finetune(tmp_path / "taught", model=str(model_dir), facts=str(facts_file), steps=60, learning_rate=1e-2)
     found = run.read("evaluation.json")
     assert found["after"]["retain_probability"] > 3 * found["before"]["retain_probability"]
+
+
+def test_each_forget_fact_is_scored_once_a_time(run, monkeypatch):
+    asked = []
+
+    def counted(model, prompts, facts):
+        asked.append(list(facts))
+        return score_facts(model, prompts, facts)
+
+    monkeypatch.setattr("ssiuu.attack.score_facts", counted)
+    attack_run(run.path, [Attack("harmful", 0.5, 1e-3, steps=2, evaluate_every=1)])
+    assert asked == [run.split().forget] * 3  # before, and after each of two steps
+
+
+def test_a_finetuning_run_is_not_advised_to_resume(model_dir, facts_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match=r"exists; choose another$"):
+        finetune(tmp_path / "run", model=str(model_dir), facts=str(facts_file))

@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import ssiuu_kernels as sk
 from ssiuu import diagnose
 from ssiuu.facts import Fact
 from ssiuu.prompts import PromptFormat
 from ssiuu_kernels import NeuronScores, sequence_log_probs
 from tests.kernels.models import logits_of, tiny_batch, tiny_model
 
+SEPARATE_KINDS = tuple(kind for kind in diagnose.KINDS if kind != "qkv")
 PARTS = {
     "self_attn": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
     "mlp": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
@@ -77,7 +79,7 @@ def test_equals_brute_force(size, padding):
     expected = [brute_force(model, batch) for model in (before, after)]
     measured = [diagnose.measure_influence(model, split(batch, size)) for model in (before, after)]
     variations = diagnose.variation_by_kind(*measured)
-    assert list(variations) == list(diagnose.KINDS)
+    assert list(variations) == list(SEPARATE_KINDS)
     for kind, variation in variations.items():
         for layer in range(2):
             wanted = equations_4_and_5(expected[0][kind][layer], expected[1][kind][layer])
@@ -180,7 +182,7 @@ def test_run_folders_get_what_the_models_give(family, tmp_path):
     for run, model, summary in zip(runs, unlearned, summaries, strict=True):
         expected = diagnose.variation_by_kind(before, diagnose.measure_influence(model, [batch]))
         written = load_file(run / "diagnosis.safetensors")
-        assert set(written) == {f"{name}.{kind}" for kind in diagnose.KINDS for name in ("d_plus", "d_minus")}
+        assert set(written) == {f"{name}.{kind}" for kind in SEPARATE_KINDS for name in ("d_plus", "d_minus")}
         for kind, variation in expected.items():
             assert torch.allclose(written[f"d_minus.{kind}"], variation.d_minus, rtol=1e-3, atol=1e-12), kind
         assert summary == json.loads((run / "diagnosis.json").read_text())
@@ -216,3 +218,13 @@ def test_unfinished_run_is_refused_before_any_work(family, tmp_path):
 def test_batch_size(tmp_path):
     with pytest.raises(ValueError, match="batch_size=0"):
         diagnose.diagnose_run(tmp_path, batch_size=0)
+
+
+def test_an_ungated_model_has_its_own_up():
+    """There h is not up's statistic, and q, k and v are one projection."""
+    model, batch = tiny_model("gpt2"), tiny_batch()
+    found = diagnose.measure_influence(model, [batch])
+    assert list(found) == ["qkv", "o", "up", "down"]
+    with sk.patch(model, scope="all") as handle:
+        up = handle.attribute(batch)["transformer.h.1.mlp"]["up"]
+    assert torch.allclose(found["up"].min[1].float(), up.min.mean(0).float())

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 
 from ssiuu.facts import Fact, Split, by_subject, check_split, load_facts, split_by_subject
@@ -111,3 +112,32 @@ BAD_SPLITS = {
 def test_bad_splits(message, split):
     with pytest.raises(ValueError, match=message):
         check_split(split)
+
+
+def test_a_line_separator_inside_a_text_splits_no_row(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps({**GOOD, "question": "one\u2028two"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [fact.question for fact in load_facts(path)] == ["one\u2028two"]
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(json.dumps({**GOOD, "answer": "Zürich"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"f\.jsonl is not UTF-8 text"):
+        load_facts(path)
+
+
+def test_rows_with_and_without_options_do_not_mix(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"f\.jsonl, line 2, field 'false_options' is \[\], unlike that of the first row"
+    ):
+        load_facts(write(tmp_path / "f.jsonl", GOOD, {**GOOD, "false_options": []}))
+
+
+def test_a_dataset_that_cannot_be_reached(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"some/facts could not be loaded: no route; expected a \.jsonl file"):
+        load_facts("some/facts")

@@ -5,7 +5,7 @@ import torch
 
 import ssiuu_kernels as sk
 from ssiuu.facts import Fact
-from ssiuu.metrics import FactScores, generation_accuracy, known_facts, rouge_recall, score_facts
+from ssiuu.metrics import FactScores, generate, generation_accuracy, known_facts, rouge_recall, score_facts
 from ssiuu.prompts import PromptFormat
 
 
@@ -78,3 +78,14 @@ def test_generation_writes_text(loaded, facts):
     """The real path, on random weights: nothing can be said of the text but that there is one for each fact."""
     model, tokenizer = loaded
     assert rouge_recall(model, PromptFormat(tokenizer, 1), facts[:2]).shape == (2,)
+
+
+def test_answers_of_a_batch_are_those_of_one_at_a_time(loaded, facts, monkeypatch):
+    """Prompts of different lengths, padded on the left."""
+    model, tokenizer = loaded
+    prompts = PromptFormat(tokenizer, 1)
+    questions = [facts[0].question, "where ann born rome oslo lima", "where"]
+    together = generate(model, prompts, questions, new_tokens=6)
+    monkeypatch.setattr("ssiuu.metrics.GENERATION_BATCH", 1)
+    assert together == generate(model, prompts, questions, new_tokens=6)
+    assert len(set(together)) > 1

@@ -60,3 +60,10 @@ def test_the_packaged_model_knows_the_capital_of_france():
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_corrupt_weights(model_dir, tmp_path):
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="broken could not be loaded"):
+        load_model(broken)

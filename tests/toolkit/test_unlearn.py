@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssiuu import trainer
 from ssiuu import unlearn as unlearn_module
 from ssiuu.runs import Run
 from ssiuu.trainer import DivergedError, Schedule, UnlearnTrainer
@@ -204,3 +205,21 @@ def test_a_schedule_goes_through_each_part_in_turn():
     forgotten = [sample for batch in batches for sample in batch.samples[:2]]
     assert sorted(forgotten[:3]) == sorted(forgotten[3:]) == ["a", "b", "c"]
     assert all(batch.samples[2] == "x" and batch.forget == [True, True, False] for batch in batches)
+
+
+def test_several_gpus_are_not_used_through_data_parallel(tmp_path, monkeypatch):
+    """Its replicas would keep target_grad to themselves."""
+    arguments = trainer.training_arguments(tmp_path, learning_rate=1e-3, max_steps=1, seed=0)
+    monkeypatch.setattr(type(arguments), "n_gpu", property(lambda self: self._n_gpu))
+    arguments._n_gpu = 4
+    monkeypatch.setattr(trainer.Trainer, "__init__", lambda self, **_: None)
+    with pytest.raises(AttributeError):  # what comes after the Trainer's own set-up, which is left out
+        trainer.RecordedTrainer(None, arguments, None, None, None)
+    assert arguments._n_gpu == 1
+
+
+def test_an_overflowing_penalty_stops_the_run_before_its_weights_are_kept(options, tmp_path):
+    """lambda beyond float32's range: the first checkpoint would be that of step 2, the first step with a penalty."""
+    with pytest.raises(DivergedError, match="the penalty's gradient norm"):
+        unlearn(replace(options, penalty_share=None, penalty_weight=1e300), tmp_path / "run")
+    assert Run(tmp_path / "run").last_checkpoint() is None
