@@ -1,12 +1,14 @@
 """The registry: reasons, choice, and the environment variable."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ssiuu_kernels as sk
 from ssiuu_kernels import backends
+from ssiuu_kernels.ops import native_support
 
 
 def test_every_backend_has_a_reason():
@@ -26,6 +28,24 @@ def test_a_backend_that_cannot_run_raises_with_its_reason(monkeypatch):
     reason = sk.available_backends()["triton"].reason
     with pytest.raises(ValueError, match=reason):
         sk.ops.glu_forward(x, x, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "reason"),
+    [(False, (9, 0), "built without CUDA"), (True, (7, 5), "compute capability 7.5; 8.0 or higher is needed")],
+)
+def test_native_on_a_gpu_that_cannot_run_it(monkeypatch, built, capability, reason):
+    monkeypatch.setattr(native_support, "native_module", lambda: SimpleNamespace(build_info=lambda: {"cuda": built}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
+    assert reason in native_support.why_not(tensor)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_type_that_a_backend_lacks(backend):
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"backend='{backend}' cannot run token_scores: dtype torch\.float64"):
+        sk.ops.token_scores(x, x, backend=backend)
 
 
 def test_auto_prefers_native():

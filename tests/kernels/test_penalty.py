@@ -173,6 +173,31 @@ def test_penalty_of_many_equals_one_by_one(backend):
         assert torch.equal(tensors[3], before)
 
 
+def many_arguments():
+    return [list(tensors) for tensors in zip(*(make_inputs(6, TYPES["float32"]) for _ in range(3)), strict=True)]
+
+
+def test_a_parameter_given_twice_is_refused():
+    arguments = many_arguments()
+    arguments[0][2] = arguments[0][0]
+    with pytest.raises(ValueError, match=r"param\[2\] and param\[0\] share memory"):
+        sk.ops.penalty_adamw_many_(*arguments, step=2, weight=0.1, **ADAMW)
+
+
+def test_parameters_of_two_types_are_refused():
+    arguments = many_arguments()
+    arguments[0][1] = arguments[0][1].bfloat16()
+    with pytest.raises(ValueError, match=r"param\[1\] is torch.bfloat16"):
+        sk.ops.penalty_adamw_many_(*arguments, step=2, weight=0.1, **ADAMW)
+
+
+def test_lists_of_different_lengths_are_refused():
+    arguments = many_arguments()
+    arguments[2].pop()
+    with pytest.raises(ValueError, match="'target_grad': 2"):
+        sk.ops.penalty_adamw_many_(*arguments, step=2, weight=0.1, **ADAMW)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stochastic_rounding_draws_the_same_everywhere(backend):
     """Every backend rounds to one of the two neighbours, and to that of the reference wherever their floats agree."""

@@ -199,6 +199,12 @@ def _check(lists: dict[str, list[Tensor]], weight: float | Tensor, step: int | T
                     f"{name}[{index}] is {tensor.dtype} on {tensor.device} and {name}[0] {first[name].dtype} on "
                     f"{first[name].device}; pass parameters of one type and device, and others in another call"
                 )
+    written: dict[int, str] = {}
+    for name in lists if not torch.compiler.is_compiling() else ():
+        for index, tensor in enumerate(lists[name]):
+            other = written.setdefault(tensor.data_ptr(), f"{name}[{index}]")
+            if tensor.numel() and other != f"{name}[{index}]":
+                raise ValueError(f"{name}[{index}] and {other} share memory; one launch needs separate tensors")
     if not isinstance(weight, Tensor) and (not math.isfinite(weight) or weight < 0):
         raise ValueError(f"weight={weight} is no penalty weight; expected a finite number >= 0")
     if not isinstance(step, Tensor) and step < 1:
