@@ -40,6 +40,7 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
     """What the two optimizers share: lambda and its steering, the checks, and the life of `param.target_grad`."""
 
     state_names: tuple[str, ...]
+    _update: Callable[[dict, list[nn.Parameter]], PenaltyStats]  # one launch over these parameters
 
     def __init__(
         self,
@@ -136,9 +137,6 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
             key = kind if param.numel() < SMALL else index
             together.setdefault(key, (group, []))[1].append(param)
         return list(together.values())
-
-    def _update(self, group: dict, params: list[nn.Parameter]) -> PenaltyStats:
-        raise NotImplementedError
 
     def _states(self, params: list[nn.Parameter], name: str) -> list[Tensor]:
         return [self.state[param][name] for param in params]

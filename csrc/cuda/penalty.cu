@@ -107,8 +107,9 @@ __device__ __forceinline__ void penalise(const Op& op, const PenaltyTensors& t, 
 }
 
 template <bool kPacked, class Op>
-__global__ void __launch_bounds__(kThreads) penalty_kernel(TensorTable table, StepScalars host_scalars,
-                                                           const StepScalars* device_scalars, PenaltyStats* partials) {
+__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
+    penalty_kernel(TensorTable table, StepScalars host_scalars, const StepScalars* device_scalars,
+                   PenaltyStats* partials) {
   constexpr int kCount = kPacked ? kVec : 1;
   int low = 0;
   for (int high = table.count; high - low > 1;) {
@@ -122,8 +123,9 @@ __global__ void __launch_bounds__(kThreads) penalty_kernel(TensorTable table, St
   const int64_t begin = (blockIdx.x - table.first_block[low]) * kChunk;
   const int64_t end = min(begin + kChunk, t.n);
   PenaltyStats stats{};
+#pragma unroll 1  // one step has up to 96 bytes of loads in flight a thread in bfloat16, 192 in float32
   for (int64_t i = begin + threadIdx.x * kCount; i < end; i += kThreads * kCount) {
-    if (i + kCount <= end) {
+    if (!kPacked || i + kCount <= end) {
       penalise<kCount>(op, t, step, i, stats);
     } else {
       for (int64_t k = i; k < end; ++k) penalise<1>(op, t, step, k, stats);
