@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -48,9 +49,16 @@ def load_facts(source: str | Path) -> list[Fact]:
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: a malformed row (file, line number, field), or no rows.
+        ValueError: a malformed row (file, line number, field), options in some rows only, or no rows.
     """
-    facts = [_as_fact(row, where) for where, row in read_rows(source, "facts.jsonl")]
+    facts = []
+    for where, row in read_rows(source, "facts.jsonl"):
+        facts.append(_as_fact(row, where))
+        if bool(facts[-1].false_options) != bool(facts[0].false_options):
+            raise ValueError(
+                f"{where}, field 'false_options' is {list(facts[-1].false_options)}, unlike that of the first row; "
+                "expected options in every row (scored by choice) or in none (scored by ROUGE-L recall)"
+            )
     if not facts:
         raise ValueError(f"facts {source} has no rows; expected at least one")
     return facts
@@ -69,21 +77,35 @@ def read_rows(source: str | Path, embedded: str) -> Iterable[tuple[str, object]]
 
 
 def _read_jsonl(path, name: str) -> Iterable[tuple[str, object]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        # splitlines() breaks at U+2028 too, which JSON allows within a text.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    if not lines[-1]:
+        lines.pop()  # what follows the last line's end
+    for number, line in enumerate(lines, 1):
         where = f"{name}, line {number}"
         if not line.strip():
             raise ValueError(f"{where} is empty; expected one JSON object a line")
         try:
             yield where, json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
+            raise ValueError(f"{where} is not JSON: {error}; expected one JSON object a line") from None
 
 
 def _read_dataset(source: str) -> Iterable[tuple[str, object]]:
     import datasets  # takes seconds to import, and most runs read no hub
 
     name, _, configuration = source.partition(":")
-    for number, row in enumerate(datasets.load_dataset(name, configuration or None, split="train"), 1):
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{source} could not be loaded: {textwrap.shorten(str(error), 300)}; "
+            "expected a .jsonl file, a datasets name or 'builtin'"
+        ) from error
+    for number, row in enumerate(rows, 1):
         yield f"{source}, row {number}", row
 
 
@@ -94,7 +116,8 @@ def _as_fact(row: object, where: str) -> Fact:
         value = row.get(field)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{where}, field {field!r} is {value!r}; expected a text that is not empty")
-    options = row.get("false_options", row.get("perturbed_answer")) or []
+    options = row.get("false_options", row.get("perturbed_answer"))
+    options = [] if options is None else options
     if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
         raise ValueError(f"{where}, field 'false_options' is {options!r}; expected a list of texts")
     if row["answer"] in options:
@@ -154,7 +177,7 @@ def check_split(split: Split) -> Split:
     """`split` if forget and retain have facts and no person is in two sets.
 
     Raises:
-        ValueError: an empty forget or retain set, a shared person or question, options in one set only.
+        ValueError: an empty forget or retain set, or a shared person or question.
     """
     for name in ("forget", "retain"):
         if not getattr(split, name):

@@ -6,9 +6,11 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -47,8 +49,11 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except OSError as error:
-        raise ValueError(f"model {name} could not be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"model {name} could not be loaded: {textwrap.shorten(str(error), 400)}; "
+            "expected a hub name within reach, or a folder with config.json and whole safetensors"
+        ) from error
     except RuntimeError as error:  # weights of other sizes than the configuration says
         raise ValueError(f"the checkpoint of {name} does not fit its configuration: {error}") from error
     unfit = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]

@@ -52,6 +52,7 @@ MALFORMED = {
     "blank answer": ({**GOOD, "answer": " "}, "line 2, field 'answer'"),
     "options as text": ({**GOOD, "false_options": "b"}, "line 2, field 'false_options'"),
     "true option among the false": ({**GOOD, "false_options": ["a"]}, "line 2, field 'false_options' contains"),
+    "no options unlike the first row": ({**GOOD, "false_options": []}, "line 2, field 'false_options' is .* unlike"),
     "subject as number": ({**GOOD, "subject": 3}, "line 2, field 'subject'"),
 }
 
@@ -111,3 +112,27 @@ BAD_SPLITS = {
 def test_bad_splits(message, split):
     with pytest.raises(ValueError, match=message):
         check_split(split)
+
+
+def test_a_line_separator_within_a_text_ends_no_row(tmp_path):
+    row = json.dumps({**GOOD, "question": "q\u2028r"}, ensure_ascii=False)
+    (tmp_path / "f.jsonl").write_text(row + "\n", encoding="utf-8")
+    assert [fact.question for fact in load_facts(tmp_path / "f.jsonl")] == ["q\u2028r"]
+
+
+def test_a_file_of_another_encoding(tmp_path):
+    (tmp_path / "f.jsonl").write_bytes('{"question": "é", "answer": "a"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"f\.jsonl is not UTF-8 text"):
+        load_facts(tmp_path / "f.jsonl")
+
+
+def test_options_in_later_rows_only(tmp_path):
+    with pytest.raises(ValueError, match=r"f\.jsonl, line 2, field 'false_options' is \['b'\], unlike"):
+        load_facts(write(tmp_path / "f.jsonl", {"question": "q", "answer": "a"}, GOOD))
+
+
+def test_a_dataset_out_of_reach(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"no-one/nothing could not be loaded: .*expected a \.jsonl file"):
+        load_facts("no-one/nothing")
