@@ -20,7 +20,7 @@ from .progress import job
 from .prompts import PromptFormat
 from .runs import Run
 
-KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 TOP = 100  # neurons in the reported sums, as in the paper
 
 
@@ -86,12 +86,12 @@ def measure_influence(
     backend: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Influence]:
-    """The influence of every neuron of Q, K, V, O, gate, up and down over a set of samples, batch by batch.
+    """The influence of every neuron of Q, K, V (or QKV), O, gate, up and down over a set of samples, batch by batch.
 
     Memory is one batch's attribution and three vectors a module, whatever the number of samples.
 
     Args:
-        model: a Hugging Face causal language model with gated MLPs, not patched; it is run in eval mode, and left so.
+        model: a Hugging Face causal language model, not patched; it is run in eval mode, and left so.
         batches: as for `PatchHandle.attribute`: input_ids, labels, attention_mask, each `[B, S]`, on any device.
         target: the quantity attributed; the paper's is "prob".
         backend: backend of the kernels.
@@ -101,8 +101,8 @@ def measure_influence(
         kind -> `Influence` of `[layers, width]` on the CPU, for the kinds that the model has.
 
     Raises:
-        ValueError: no batches, a model without gated MLPs or with layers of different widths, or attribution that is
-            not finite.
+        ValueError: no batches, a model without MLPs that `patch` knows or with layers of different widths, or
+            attribution that is not finite.
     """
     totals: dict[tuple[str, str], Influence] = {}
     samples = 0
@@ -112,7 +112,7 @@ def measure_influence(
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             size = len(batch["labels"])
             for name, kinds in handle.attribute(batch, target=target).items():
-                for kind, scores in kinds.items():
+                for kind, scores in _reported(kinds).items():
                     part = Influence(*(mean * size for mean in _mean_influence(scores)))
                     old = totals.get((name, kind))
                     totals[name, kind] = part if old is None else Influence(*map(torch.add, old, part))
@@ -125,8 +125,15 @@ def measure_influence(
     layers: dict[str, list[Influence]] = {}
     for name, kind in sorted(totals, key=lambda key: order[key[0]]):
         means = Influence(*(total.cpu() / samples for total in totals[name, kind]))
-        layers.setdefault("up" if kind == "h" else kind, []).append(means)  # up * dup = h * dh
+        layers.setdefault(kind, []).append(means)
     return {kind: _stack(kind, layers[kind]) for kind in KINDS if kind in layers}
+
+
+def _reported(kinds: Mapping[str, NeuronScores]) -> dict[str, NeuronScores]:
+    """The kinds of a module without "h", whose scores are those of a gated MLP's up: `up * dup = h * dh`."""
+    found = dict(kinds)
+    h = found.pop("h", None)
+    return found if h is None else {"up": h, **found}
 
 
 def _stack(kind: str, layers: list[Influence]) -> Influence:
