@@ -40,7 +40,8 @@ class Run:
         run = cls(path)
         if not resume:
             if run.path.exists():
-                raise ValueError(f"run folder {run.path} exists; choose another, or continue it with --resume")
+                way_on = ", or continue it with --resume" if _resumable(config) else ""
+                raise ValueError(f"run folder {run.path} exists; choose another{way_on}")
             return run
         before = run.read("config.json")
         if before["status"] == COMPLETE:
@@ -70,8 +71,10 @@ class Run:
             ValueError: no run folder, or a run that is not finished.
         """
         run = cls(path)
-        if run.read("config.json")["status"] != COMPLETE:
-            raise ValueError(f"run {run.path} is not finished; continue it with `ssiuu unlearn --resume` first")
+        config = run.read("config.json")
+        if config["status"] != COMPLETE:
+            way_on = "continue it with `ssiuu unlearn --resume`" if _resumable(config) else "run it anew elsewhere"
+            raise ValueError(f"run {run.path} is not finished; {way_on} first")
         return run
 
     def read(self, name: str) -> Any:
@@ -101,22 +104,24 @@ class Run:
     def split(self) -> Split:
         """The sets of this run."""
         stored = self.read("split.json")
-        return Split(
-            *(
-                [Fact(**{**f, "false_options": tuple(f["false_options"])}) for f in stored[name]]
-                for name in Split._fields
-            )
-        )
+        return Split(*([_stored_fact(fact) for fact in stored[name]] for name in Split._fields))
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint: the Trainer writes its state file last."""
         found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
         return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
-    def truncate_metrics(self, steps: int) -> None:
-        """Drop the lines of steps after `steps`, which a resumed run will write again."""
+    def rewind(self) -> tuple[Path | None, int]:
+        """The newest checkpoint and its step; the metrics of later steps are dropped, to be written again."""
+        checkpoint = self.last_checkpoint()
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self._truncate_metrics(done)
+        return checkpoint, done
+
+    def _truncate_metrics(self, steps: int) -> None:
+        """Drop the lines of steps after `steps`."""
         if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]  # without a line that was cut off
             kept = [line for line in lines if json.loads(line)["step"] <= steps]
             partial = self.metrics.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -131,6 +136,10 @@ class Run:
         """Add a step's line."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _resumable(config: dict[str, Any]) -> bool:
+    return config["method"] != "finetune"  # which keeps no checkpoints
 
 
 def _stored_fact(stored: dict[str, Any]) -> Fact:

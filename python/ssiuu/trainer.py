@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -125,7 +126,7 @@ class RecordedTrainer(Trainer):
     """Trains on the answers of a `Schedule` and hands a record of every step to `StepRecord`.
 
     Raises (from `train`):
-        DivergedError: a loss or gradient that is not finite; the weights are those of the step before.
+        DivergedError: a loss, gradient or penalty that is not finite; no checkpoint has it in its weights.
     """
 
     def __init__(
@@ -140,6 +141,8 @@ class RecordedTrainer(Trainer):
             raise ValueError(
                 f"{args.world_size} processes; expected one (gP is not summed over ranks): start it without torchrun"
             )
+        # On several GPUs the Trainer would use nn.DataParallel, whose replicas keep their target_grad to themselves.
+        args._n_gpu = min(args.n_gpu, 1)
         self.prompts = prompts
         super().__init__(model=model, args=args, train_dataset=schedule, data_collator=self._collate)
         # The losses below are means over the micro-batch: the Trainer is to divide them by their number.
@@ -161,16 +164,16 @@ class RecordedTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.check_finite("the loss", loss)
+        self.check_finite("the loss", loss.item())
         self.step_loss += loss.item()
         return loss
 
-    def check_finite(self, name: str, value: Tensor) -> None:
-        """Raise `DivergedError` if the scalar is none."""
-        if not value.isfinite():
+    def check_finite(self, name: str, value: float, step: int | None = None) -> None:
+        """Raise `DivergedError` if the value of this step (default: the one under way) is no finite number."""
+        if not math.isfinite(value):
             raise DivergedError(
-                f"{name} is {value.item()} at step {self.state.global_step + 1}; stopped before the "
-                "weights were changed by it, and checkpoints are kept: use a lower learning rate or penalty weight"
+                f"{name} is {value} at step {step or self.state.global_step + 1}; stopped before a checkpoint took "
+                "it in: use a lower learning rate or penalty weight"
             )
 
     def penalty_metrics(self) -> dict[str, float]:
@@ -232,9 +235,8 @@ class _Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **_):
         grads = [param.grad for param in self.trainer.model.parameters() if param.grad is not None]
-        norm = torch.stack([grad.norm() for grad in grads]).norm()
-        self.trainer.check_finite("the gradient's norm", norm)
-        self.grad_norm = norm.item()
+        self.grad_norm = torch.stack([grad.norm() for grad in grads]).norm().item()
+        self.trainer.check_finite("the gradient's norm", self.grad_norm)
 
     def on_step_end(self, args, state, control, **_):
         line = {
@@ -244,6 +246,8 @@ class _Recorder(TrainerCallback):
             "loss_grad_norm": self.grad_norm,
             **self.trainer.penalty_metrics(),
         }
+        # Known only once the fused step is done: stop before its weights get into a checkpoint.
+        self.trainer.check_finite("the penalty's gradient norm", line.get("penalty_grad_norm", 0.0), line["step"])
         self._warn_of_idle_penalty(line)
         if state.global_step % self.record.evaluate_every == 0 or state.global_step == args.max_steps:
             scores = self.record.evaluate(self.trainer.model)

@@ -207,9 +207,7 @@ def _train(
         gradient_checkpointing=options.gradient_checkpointing,
         weight_decay=options.weight_decay,
     )
-    checkpoint = run.last_checkpoint()
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    run.truncate_metrics(done)
+    checkpoint, done = run.rewind()
     last = run.last_metrics()
     with job(f"unlearn ({options.method})", options.max_steps) as bar:
         bar.advance(done)

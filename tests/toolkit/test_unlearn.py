@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from ssiuu import unlearn as unlearn_module
+from ssiuu.prompts import PromptFormat
 from ssiuu.runs import Run
-from ssiuu.trainer import DivergedError, Schedule, UnlearnTrainer
+from ssiuu.trainer import DivergedError, RecordedTrainer, Schedule, StepRecord, UnlearnTrainer, training_arguments
 from ssiuu.unlearn import UnlearnOptions, unlearn
 
 
@@ -121,6 +122,25 @@ def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
     run = Run(tmp_path / "run")
     assert run.last_checkpoint().name == "checkpoint-4"
     assert all(tensor.isfinite().all() for tensor in load_file(run.last_checkpoint() / "model.safetensors").values())
+
+
+def test_a_penalty_that_overflows_reaches_no_checkpoint(options, tmp_path):
+    options = replace(options, penalty_share=None, penalty_weight=1e300, learning_rate=1e-2, save_every=1)
+    with pytest.raises(DivergedError, match=r"the penalty's gradient norm is (inf|nan) at step"):
+        unlearn(options, tmp_path / "run")
+    for file in (tmp_path / "run").glob("checkpoints/*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def test_several_gpus_are_not_wrapped_in_data_parallel(loaded, tmp_path):
+    model, tokenizer = loaded
+    prompts = PromptFormat(tokenizer, 0)
+    arguments = training_arguments(tmp_path, learning_rate=1e-3, max_steps=1, seed=0)
+    arguments._n_gpu = 2 * (arguments.n_gpu + 1)
+    schedule = Schedule([([prompts.encode("where ann born", "rome")], 1, True)], 1, 0)
+    trainer = RecordedTrainer(model, arguments, schedule, prompts, StepRecord(print, lambda _: {}, 1))
+    assert not isinstance(trainer._wrap_model(model), torch.nn.DataParallel)
+    assert arguments.train_batch_size == 1
 
 
 @pytest.mark.parametrize("value", ["retain_batch", "forget_batch"])
