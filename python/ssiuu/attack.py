@@ -12,10 +12,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from .evaluate import evaluate_sets
+from .evaluate import named_means
 from .facts import BUILTIN, Fact
 from .finetune import train_on
 from .instructions import load_instructions
+from .metrics import score_facts
 from .models import load_model
 from .progress import Job, job
 from .prompts import Encoded, PromptFormat
@@ -141,12 +142,8 @@ def _attack(model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact
     samples, unseen = _attack_data(prompts, forget, attack)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
-        scores = evaluate_sets(model, prompts, forget, [])
-        if unseen:
-            other = evaluate_sets(model, prompts, unseen, [])
-            scores |= {name.replace("forget", "unseen"): value for name, value in other.items() if name != "fs"}
-            scores["unseen_fs"] = other["fs"]
-        return scores
+        scores = score_facts(model, prompts, forget)
+        return named_means(scores, "forget") | (named_means(scores.of(unseen), "unseen") if unseen else {})
 
     steps = [{"step": 0, **evaluate(model)}]
 
@@ -173,8 +170,8 @@ def _attack(model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact
     return result | ({"max_unseen_fs": max(step["unseen_fs"] for step in steps)} if unseen else {})
 
 
-def _attack_data(prompts: PromptFormat, forget: Sequence[Fact], attack: Attack) -> tuple[list[Encoded], list[Fact]]:
-    """What the attack trains on, and the forget facts that it does not see (of a harmful attack)."""
+def _attack_data(prompts: PromptFormat, forget: Sequence[Fact], attack: Attack) -> tuple[list[Encoded], list[int]]:
+    """What the attack trains on, and which forget facts it does not see (of a harmful attack)."""
     if attack.kind == "benign":
         return [prompts.encode_text(*pair) for pair in load_instructions(attack.instructions)], []
     count = math.ceil(attack.fraction * len(forget))
@@ -184,4 +181,4 @@ def _attack_data(prompts: PromptFormat, forget: Sequence[Fact], attack: Attack) 
         )
     chosen = set(random.Random(attack.seed).sample(range(len(forget)), count))
     seen = [fact for i, fact in enumerate(forget) if i in chosen]
-    return prompts.encode_facts(seen), [fact for i, fact in enumerate(forget) if i not in chosen]
+    return prompts.encode_facts(seen), [i for i in range(len(forget)) if i not in chosen]

@@ -8,29 +8,29 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from .facts import Fact, Split, all_have_options
-from .metrics import generation_accuracy, score_facts
+from .metrics import FactScores, generation_accuracy, score_facts
 from .models import load_model
 from .progress import job
 from .prompts import PromptFormat
 from .runs import Run
 
-# What `FactScores.means` calls them -> (name for the forget set, name for the retain set).
-NAMES = {
-    "score": ("fs", "rs"),
-    "probability": ("forget_probability", "retain_probability"),
-    "margin": ("forget_margin", "retain_margin"),
-}
+# Of the mean score; the others are called after their set, as in "forget_probability".
+SCORE_NAMES = {"forget": "fs", "retain": "rs", "unseen": "unseen_fs"}
+
+
+def named_means(scores: FactScores, which: str) -> dict[str, float]:
+    """Means of the scores of a set (forget, retain, unseen) under the names of metrics and reports."""
+    return {SCORE_NAMES[which] if name == "score" else f"{which}_{name}": v for name, v in scores.means().items()}
 
 
 def evaluate_sets(
     model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact], retain: Sequence[Fact]
 ) -> dict[str, float]:
-    """FS, RS, mean answer probability and margin of both sets; see `NAMES`. An empty set is left out."""
+    """FS, RS, mean answer probability and margin of both sets; see `named_means`. An empty set is left out."""
     found = {}
-    for which, facts in enumerate((forget, retain)):
+    for which, facts in (("forget", forget), ("retain", retain)):
         if facts:
-            means = score_facts(model, prompts, facts).means()
-            found |= {NAMES[name][which]: value for name, value in means.items()}
+            found |= named_means(score_facts(model, prompts, facts), which)
     return found
 
 

@@ -18,6 +18,7 @@ from .facts import Fact, all_have_options
 from .prompts import Encoded, PromptFormat
 
 NEW_TOKENS = 48
+GENERATION_BATCH = 32
 
 
 class FactScores(NamedTuple):
@@ -33,6 +34,10 @@ class FactScores(NamedTuple):
     score: Tensor
     probability: Tensor
     margin: Tensor
+
+    def of(self, indices: Sequence[int]) -> FactScores:
+        """The scores of these facts alone."""
+        return FactScores(*(values[list(indices)] for values in self))
 
     def means(self) -> dict[str, float]:
         """{"score", "probability", "margin"} over the facts; no margin where there are no options."""
@@ -118,17 +123,19 @@ def generate(
 ) -> list[str]:
     """Greedy continuation of each prompt, cut at the first line break."""
     answers = []
-    for text in texts:
-        ids = torch.tensor([prompts.encode_prompt(text)], device=model.device)
+    for start in range(0, len(texts), GENERATION_BATCH):
+        samples = [Encoded(prompts.encode_prompt(text), []) for text in texts[start : start + GENERATION_BATCH]]
+        batch = {name: tensor.to(model.device) for name, tensor in prompts.collate(samples, side="left").items()}
         output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
             do_sample=False,
             max_new_tokens=new_tokens,
             pad_token_id=prompts.pad,
         )
-        continuation = prompts.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        answers.append(continuation.strip().split("\n")[0])
+        continuations = output[:, batch["input_ids"].shape[1] :]
+        for text in prompts.tokenizer.batch_decode(continuations, skip_special_tokens=True):
+            answers.append(text.strip().split("\n")[0])
     return answers
 
 

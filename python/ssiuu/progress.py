@@ -26,7 +26,7 @@ class Job:
         text = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
         self._progress.update(self._task, values=text)
         if not console.is_terminal:
-            console.print(f"{self._progress.tasks[self._task].description}: {text}")
+            console.print(f"{self._progress.tasks[self._task].description}: {text}", soft_wrap=True)
 
 
 @contextmanager

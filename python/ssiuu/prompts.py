@@ -73,15 +73,21 @@ class PromptFormat:
         """Every fact with its true answer."""
         return [self.encode(fact.question, fact.answer) for fact in facts]
 
-    def collate(self, samples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """input_ids, attention_mask and labels, int64 `[B, S]`, padded on the right; labels are -100 on the prompt."""
+    def collate(self, samples: Sequence[Encoded], side: str = "right") -> dict[str, Tensor]:
+        """input_ids, attention_mask and labels, int64 `[B, S]`; labels are -100 on the prompt.
+
+        Args:
+            side: of the padding, "right" for scores and training, "left" for generation.
+        """
         width = max(len(sample.prompt) + len(sample.answer) for sample in samples)
         input_ids = torch.full((len(samples), width), self.pad)
         labels = torch.full((len(samples), width), IGNORE_INDEX)
         attention_mask = torch.zeros((len(samples), width), dtype=torch.long)
         for row, (prompt, answer) in enumerate(samples):
-            end = len(prompt) + len(answer)
-            input_ids[row, :end] = torch.tensor(prompt + answer)
-            labels[row, len(prompt) : end] = torch.tensor(answer)
-            attention_mask[row, :end] = 1
+            length = len(prompt) + len(answer)
+            start = width - length if side == "left" else 0
+            end = start + length
+            input_ids[row, start:end] = torch.tensor(prompt + answer)
+            labels[row, start + len(prompt) : end] = torch.tensor(answer)
+            attention_mask[row, start:end] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -5,7 +5,7 @@ import torch
 
 import ssiuu_kernels as sk
 from ssiuu.facts import Fact
-from ssiuu.metrics import FactScores, generation_accuracy, known_facts, rouge_recall, score_facts
+from ssiuu.metrics import FactScores, generate, generation_accuracy, known_facts, rouge_recall, score_facts
 from ssiuu.prompts import PromptFormat
 
 
@@ -78,3 +78,10 @@ def test_generation_writes_text(loaded, facts):
     """The real path, on random weights: nothing can be said of the text but that there is one for each fact."""
     model, tokenizer = loaded
     assert rouge_recall(model, PromptFormat(tokenizer, 1), facts[:2]).shape == (2,)
+
+
+def test_batches_answer_as_single_prompts_do(loaded):
+    model, tokenizer = loaded
+    prompts = PromptFormat(tokenizer, 0)
+    texts = ["where ann", "where bob lives", "ann born rome oslo lima", "where ? Answer"]
+    assert generate(model, prompts, texts) == [generate(model, prompts, [text])[0] for text in texts]
