@@ -86,13 +86,12 @@ def measure_influence(
     backend: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Influence]:
-    """The influence of every neuron of Q, K, V, O, gate, up and down over a set of samples, batch by batch.
+    """The influence of every neuron of Q, K, V (or QKV), O, gate, up and down over a set of samples, batch by batch.
 
     Memory is one batch's attribution and three vectors a module, whatever the number of samples.
 
     Args:
-        model: a Hugging Face causal language model whose MLPs can all be patched, and are not; it is run in eval mode,
-            and left so.
+        model: a Hugging Face causal language model, not patched; it is run in eval mode, and left so.
         batches: as for `PatchHandle.attribute`: input_ids, labels, attention_mask, each `[B, S]`, on any device.
         target: the quantity attributed; the paper's is "prob".
         backend: backend of the kernels.
@@ -102,8 +101,8 @@ def measure_influence(
         kind -> `Influence` of `[layers, width]` on the CPU, for the kinds that the model has.
 
     Raises:
-        ValueError: no batches, a model without such MLPs or with layers of different widths, or attribution that is
-            not finite.
+        ValueError: no batches, a model without MLPs that `patch` knows or with layers of different widths, or
+            attribution that is not finite.
     """
     totals: dict[tuple[str, str], Influence] = {}
     samples = 0
@@ -113,7 +112,7 @@ def measure_influence(
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             size = len(batch["labels"])
             for name, kinds in handle.attribute(batch, target=target).items():
-                for kind, scores in _paper_kinds(kinds).items():
+                for kind, scores in _reported(kinds).items():
                     part = Influence(*(mean * size for mean in _mean_influence(scores)))
                     old = totals.get((name, kind))
                     totals[name, kind] = part if old is None else Influence(*map(torch.add, old, part))
@@ -130,11 +129,11 @@ def measure_influence(
     return {kind: _stack(kind, layers[kind]) for kind in KINDS if kind in layers}
 
 
-def _paper_kinds(kinds: dict[str, sk.NeuronScores]) -> dict[str, sk.NeuronScores]:
-    """The scores by the modules that the paper speaks of: h stands for up in a gated MLP, where `up * dup = h * dh`."""
-    if "up" in kinds:
-        return {kind: scores for kind, scores in kinds.items() if kind != "h"}
-    return {"up" if kind == "h" else kind: scores for kind, scores in kinds.items()}
+def _reported(kinds: Mapping[str, NeuronScores]) -> dict[str, NeuronScores]:
+    """The kinds of a module without "h", whose scores are those of a gated MLP's up: `up * dup = h * dh`."""
+    found = dict(kinds)
+    h = found.pop("h", None)
+    return found if h is None else {"up": h, **found}
 
 
 def _stack(kind: str, layers: list[Influence]) -> Influence:

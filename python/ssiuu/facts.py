@@ -78,9 +78,8 @@ def read_rows(source: str | Path, embedded: str) -> Iterable[tuple[str, object]]
 
 def _read_jsonl(path, name: str) -> Iterable[tuple[str, object]]:
     try:
-        lines = (
-            path.read_bytes().decode("utf-8-sig").split("\n")
-        )  # splitlines() breaks at U+2028 too, which JSON allows
+        # splitlines() breaks at U+2028 too, which JSON allows within a text.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     if not lines[-1]:

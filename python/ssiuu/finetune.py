@@ -70,7 +70,7 @@ def finetune(
         "method": "finetune", "model": model, "facts": facts, "max_steps": steps, "batch_size": batch_size,
         "learning_rate": learning_rate, "shots": shots, "dtype": dtype, "seed": seed,
     }  # fmt: skip
-    run = Run.claim(run_dir, config)
+    run = Run.claim(run_dir, config, resume=False)
     net, tokenizer = load_model(model, dtype=dtype)
     prompts = PromptFormat(tokenizer, shots)
     run.start(config)

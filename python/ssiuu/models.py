@@ -50,7 +50,10 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model {name} could not be loaded: {textwrap.shorten(str(error), 400)}") from error
+        raise ValueError(
+            f"model {name} could not be loaded: {textwrap.shorten(str(error), 400)}; "
+            "expected a hub name within reach, or a folder with config.json and whole safetensors"
+        ) from error
     except RuntimeError as error:  # weights of other sizes than the configuration says
         raise ValueError(f"the checkpoint of {name} does not fit its configuration: {error}") from error
     unfit = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]

@@ -31,20 +31,17 @@ class Run:
         self.attacks, self.metrics = self.path / "attacks", self.path / "metrics.jsonl"
 
     @classmethod
-    def claim(cls, path: str | Path, config: dict[str, Any], resume: bool | None = None) -> Run:
+    def claim(cls, path: str | Path, config: dict[str, Any], resume: bool) -> Run:
         """A run that may be started (`start`) or resumed in this folder; nothing is written yet.
 
-        Args:
-            resume: None where the run is of a kind that cannot be resumed.
-
         Raises:
-            ValueError: the folder exists and resume is not true; nothing to resume, other options, or a finished run.
+            ValueError: the folder exists and resume is false; nothing to resume, other options, or a finished run.
         """
         run = cls(path)
         if not resume:
             if run.path.exists():
-                advice = "" if resume is None else ", or continue it with --resume"
-                raise ValueError(f"run folder {run.path} exists; choose another{advice}")
+                way_on = ", or continue it with --resume" if _resumable(config) else ""
+                raise ValueError(f"run folder {run.path} exists; choose another{way_on}")
             return run
         before = run.read("config.json")
         if before["status"] == COMPLETE:
@@ -74,8 +71,10 @@ class Run:
             ValueError: no run folder, or a run that is not finished.
         """
         run = cls(path)
-        if run.read("config.json")["status"] != COMPLETE:
-            raise ValueError(f"run {run.path} is not finished; continue it with `ssiuu unlearn --resume` first")
+        config = run.read("config.json")
+        if config["status"] != COMPLETE:
+            way_on = "continue it with `ssiuu unlearn --resume`" if _resumable(config) else "run it anew elsewhere"
+            raise ValueError(f"run {run.path} is not finished; {way_on} first")
         return run
 
     def read(self, name: str) -> Any:
@@ -137,6 +136,10 @@ class Run:
         """Add a step's line."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _resumable(config: dict[str, Any]) -> bool:
+    return config["method"] != "finetune"  # which keeps no checkpoints
 
 
 def _stored_fact(stored: dict[str, Any]) -> Fact:

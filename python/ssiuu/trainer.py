@@ -172,8 +172,8 @@ class RecordedTrainer(Trainer):
         """Raise `DivergedError` if the value of this step (default: the one under way) is no finite number."""
         if not math.isfinite(value):
             raise DivergedError(
-                f"{name} is {value} at step {step or self.state.global_step + 1}; stopped, and the checkpoints from "
-                "before are kept: use a lower learning rate or penalty weight"
+                f"{name} is {value} at step {step or self.state.global_step + 1}; stopped before a checkpoint took "
+                "it in: use a lower learning rate or penalty weight"
             )
 
     def penalty_metrics(self) -> dict[str, float]:

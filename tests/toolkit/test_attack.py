@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssiuu import attack
 from ssiuu.attack import Attack, attack_grid, attack_run
 from ssiuu.evaluate import evaluate_run
 from ssiuu.finetune import finetune
-from ssiuu.metrics import score_facts
 from ssiuu.unlearn import UnlearnOptions, unlearn
 
 
@@ -99,19 +99,26 @@ def test_finetuning_teaches_the_facts(model_dir, facts_file, tmp_path):
     assert found["after"]["retain_probability"] > 3 * found["before"]["retain_probability"]
 
 
-def test_each_forget_fact_is_scored_once_a_time(run, monkeypatch):
-    asked = []
+def test_each_forget_fact_is_scored_once_an_evaluation(run, monkeypatch):
+    scored, score_facts = [], attack.score_facts
 
-    def counted(model, prompts, facts):
-        asked.append(list(facts))
+    def score(model, prompts, facts):
+        scored.append(len(facts))
         return score_facts(model, prompts, facts)
 
-    monkeypatch.setattr("ssiuu.attack.score_facts", counted)
-    attack_run(run.path, [Attack("harmful", 0.5, 1e-3, steps=2, evaluate_every=1)])
-    assert asked == [run.split().forget] * 3  # before, and after each of two steps
+    monkeypatch.setattr(attack, "score_facts", score)
+    attack_run(run.path, [HARMFUL])
+    assert scored == [len(run.split().forget)] * 3  # at steps 0, 2 and 4
 
 
-def test_a_finetuning_run_is_not_advised_to_resume(model_dir, facts_file, tmp_path):
-    (tmp_path / "run").mkdir()
+def test_finetuning_does_not_speak_of_resuming(model_dir, facts_file, tmp_path):
+    (tmp_path / "taught").mkdir()
     with pytest.raises(ValueError, match=r"exists; choose another$"):
-        finetune(tmp_path / "run", model=str(model_dir), facts=str(facts_file))
+        finetune(tmp_path / "taught", model=str(model_dir), facts=str(facts_file))
+
+
+@pytest.mark.parametrize(("method", "way_on"), [("finetune", "run it anew"), ("gd", "`ssiuu unlearn --resume`")])
+def test_an_unfinished_run_says_what_to_do(tmp_path, method, way_on):
+    (tmp_path / "config.json").write_text(json.dumps({"status": "running", "method": method}))
+    with pytest.raises(ValueError, match=f"is not finished; .*{way_on}"):
+        attack_run(tmp_path, [HARMFUL])

@@ -17,7 +17,6 @@ from ssiuu.prompts import PromptFormat
 from ssiuu_kernels import NeuronScores, sequence_log_probs
 from tests.kernels.models import logits_of, tiny_batch, tiny_model
 
-SEPARATE_KINDS = tuple(kind for kind in diagnose.KINDS if kind != "qkv")
 PARTS = {
     "self_attn": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
     "mlp": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
@@ -79,13 +78,23 @@ def test_equals_brute_force(size, padding):
     expected = [brute_force(model, batch) for model in (before, after)]
     measured = [diagnose.measure_influence(model, split(batch, size)) for model in (before, after)]
     variations = diagnose.variation_by_kind(*measured)
-    assert list(variations) == list(SEPARATE_KINDS)
+    assert list(variations) == [kind for kind in diagnose.KINDS if kind != "qkv"]
     for kind, variation in variations.items():
         for layer in range(2):
             wanted = equations_4_and_5(expected[0][kind][layer], expected[1][kind][layer])
             scale = max(x.max() for x in wanted)
             for actual, x in zip(variation, wanted, strict=True):
                 assert torch.allclose(actual[layer].double(), x, rtol=1e-6, atol=1e-6 * scale), (kind, layer)
+
+
+def test_ungated_mlps_and_fused_attention():
+    model, batch = tiny_model("gpt2").eval(), tiny_batch()
+    with sk.patch(model, scope="all") as handle:
+        scores = handle.attribute(batch)
+    found = diagnose.measure_influence(model, [batch])
+    assert list(found) == ["qkv", "o", "up", "down"]
+    ups = [scores[f"transformer.h.{layer}.mlp"]["up"].max.double().mean(-2) for layer in range(2)]
+    assert torch.allclose(found["up"].max, torch.stack(ups), rtol=1e-6, atol=0)
 
 
 def test_mean_inside_and_clamp_outside():
@@ -182,7 +191,7 @@ def test_run_folders_get_what_the_models_give(family, tmp_path):
     for run, model, summary in zip(runs, unlearned, summaries, strict=True):
         expected = diagnose.variation_by_kind(before, diagnose.measure_influence(model, [batch]))
         written = load_file(run / "diagnosis.safetensors")
-        assert set(written) == {f"{name}.{kind}" for kind in SEPARATE_KINDS for name in ("d_plus", "d_minus")}
+        assert set(written) == {f"{name}.{kind}" for kind in before for name in ("d_plus", "d_minus")}
         for kind, variation in expected.items():
             assert torch.allclose(written[f"d_minus.{kind}"], variation.d_minus, rtol=1e-3, atol=1e-12), kind
         assert summary == json.loads((run / "diagnosis.json").read_text())
@@ -218,13 +227,3 @@ def test_unfinished_run_is_refused_before_any_work(family, tmp_path):
 def test_batch_size(tmp_path):
     with pytest.raises(ValueError, match="batch_size=0"):
         diagnose.diagnose_run(tmp_path, batch_size=0)
-
-
-def test_an_ungated_model_has_its_own_up():
-    """There h is not up's statistic, and q, k and v are one projection."""
-    model, batch = tiny_model("gpt2"), tiny_batch()
-    found = diagnose.measure_influence(model, [batch])
-    assert list(found) == ["qkv", "o", "up", "down"]
-    with sk.patch(model, scope="all") as handle:
-        up = handle.attribute(batch)["transformer.h.1.mlp"]["up"]
-    assert torch.allclose(found["up"].min[1].float(), up.min.mean(0).float())

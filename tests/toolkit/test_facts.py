@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 
 from ssiuu.facts import Fact, Split, by_subject, check_split, load_facts, split_by_subject
@@ -53,6 +52,7 @@ MALFORMED = {
     "blank answer": ({**GOOD, "answer": " "}, "line 2, field 'answer'"),
     "options as text": ({**GOOD, "false_options": "b"}, "line 2, field 'false_options'"),
     "true option among the false": ({**GOOD, "false_options": ["a"]}, "line 2, field 'false_options' contains"),
+    "no options unlike the first row": ({**GOOD, "false_options": []}, "line 2, field 'false_options' is .* unlike"),
     "subject as number": ({**GOOD, "subject": 3}, "line 2, field 'subject'"),
 }
 
@@ -114,30 +114,25 @@ def test_bad_splits(message, split):
         check_split(split)
 
 
-def test_a_line_separator_inside_a_text_splits_no_row(tmp_path):
-    path = tmp_path / "f.jsonl"
-    path.write_text(json.dumps({**GOOD, "question": "one\u2028two"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert [fact.question for fact in load_facts(path)] == ["one\u2028two"]
+def test_a_line_separator_within_a_text_ends_no_row(tmp_path):
+    row = json.dumps({**GOOD, "question": "q\u2028r"}, ensure_ascii=False)
+    (tmp_path / "f.jsonl").write_text(row + "\n", encoding="utf-8")
+    assert [fact.question for fact in load_facts(tmp_path / "f.jsonl")] == ["q\u2028r"]
 
 
-def test_a_file_that_is_not_utf8(tmp_path):
-    path = tmp_path / "f.jsonl"
-    path.write_bytes(json.dumps({**GOOD, "answer": "Zürich"}, ensure_ascii=False).encode("latin-1"))
+def test_a_file_of_another_encoding(tmp_path):
+    (tmp_path / "f.jsonl").write_bytes('{"question": "é", "answer": "a"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"f\.jsonl is not UTF-8 text"):
-        load_facts(path)
+        load_facts(tmp_path / "f.jsonl")
 
 
-def test_rows_with_and_without_options_do_not_mix(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"f\.jsonl, line 2, field 'false_options' is \[\], unlike that of the first row"
-    ):
-        load_facts(write(tmp_path / "f.jsonl", GOOD, {**GOOD, "false_options": []}))
+def test_options_in_later_rows_only(tmp_path):
+    with pytest.raises(ValueError, match=r"f\.jsonl, line 2, field 'false_options' is \['b'\], unlike"):
+        load_facts(write(tmp_path / "f.jsonl", {"question": "q", "answer": "a"}, GOOD))
 
 
-def test_a_dataset_that_cannot_be_reached(monkeypatch):
-    def unreachable(*_, **__):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"some/facts could not be loaded: no route; expected a \.jsonl file"):
-        load_facts("some/facts")
+def test_a_dataset_out_of_reach(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"no-one/nothing could not be loaded: .*expected a \.jsonl file"):
+        load_facts("no-one/nothing")

@@ -80,12 +80,8 @@ def test_generation_writes_text(loaded, facts):
     assert rouge_recall(model, PromptFormat(tokenizer, 1), facts[:2]).shape == (2,)
 
 
-def test_answers_of_a_batch_are_those_of_one_at_a_time(loaded, facts, monkeypatch):
-    """Prompts of different lengths, padded on the left."""
+def test_batches_answer_as_single_prompts_do(loaded):
     model, tokenizer = loaded
-    prompts = PromptFormat(tokenizer, 1)
-    questions = [facts[0].question, "where ann born rome oslo lima", "where"]
-    together = generate(model, prompts, questions, new_tokens=6)
-    monkeypatch.setattr("ssiuu.metrics.GENERATION_BATCH", 1)
-    assert together == generate(model, prompts, questions, new_tokens=6)
-    assert len(set(together)) > 1
+    prompts = PromptFormat(tokenizer, 0)
+    texts = ["where ann", "where bob lives", "ann born rome oslo lima", "where ? Answer"]
+    assert generate(model, prompts, texts) == [generate(model, prompts, [text])[0] for text in texts]

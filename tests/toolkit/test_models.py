@@ -62,8 +62,14 @@ def test_the_packaged_model_knows_the_capital_of_france():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
 
 
-def test_corrupt_weights(model_dir, tmp_path):
-    broken = shutil.copytree(model_dir, tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"not a safetensors file")
-    with pytest.raises(ValueError, match="broken could not be loaded"):
-        load_model(broken)
+def test_a_hub_name_out_of_reach(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"model no-one/nothing could not be loaded: .*expected a hub name"):
+        load_model("no-one/nothing")
+
+
+def test_a_file_of_weights_that_was_cut_off(model_dir, tmp_path):
+    file = changed_config(model_dir, tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"model {file.parent} could not be loaded: .*whole safetensors"):
+        load_model(file.parent)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssiuu import trainer
 from ssiuu import unlearn as unlearn_module
+from ssiuu.prompts import PromptFormat
 from ssiuu.runs import Run
-from ssiuu.trainer import DivergedError, Schedule, UnlearnTrainer
+from ssiuu.trainer import DivergedError, RecordedTrainer, Schedule, StepRecord, UnlearnTrainer, training_arguments
 from ssiuu.unlearn import UnlearnOptions, unlearn
 
 
@@ -124,6 +124,25 @@ def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in load_file(run.last_checkpoint() / "model.safetensors").values())
 
 
+def test_a_penalty_that_overflows_reaches_no_checkpoint(options, tmp_path):
+    options = replace(options, penalty_share=None, penalty_weight=1e300, learning_rate=1e-2, save_every=1)
+    with pytest.raises(DivergedError, match=r"the penalty's gradient norm is (inf|nan) at step"):
+        unlearn(options, tmp_path / "run")
+    for file in (tmp_path / "run").glob("checkpoints/*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def test_several_gpus_are_not_wrapped_in_data_parallel(loaded, tmp_path):
+    model, tokenizer = loaded
+    prompts = PromptFormat(tokenizer, 0)
+    arguments = training_arguments(tmp_path, learning_rate=1e-3, max_steps=1, seed=0)
+    arguments._n_gpu = 2 * (arguments.n_gpu + 1)
+    schedule = Schedule([([prompts.encode("where ann born", "rome")], 1, True)], 1, 0)
+    trainer = RecordedTrainer(model, arguments, schedule, prompts, StepRecord(print, lambda _: {}, 1))
+    assert not isinstance(trainer._wrap_model(model), torch.nn.DataParallel)
+    assert arguments.train_batch_size == 1
+
+
 @pytest.mark.parametrize("value", ["retain_batch", "forget_batch"])
 def test_a_batch_larger_than_its_set(options, tmp_path, value):
     with pytest.raises(ValueError, match=f"{value}=99"):
@@ -205,21 +224,3 @@ def test_a_schedule_goes_through_each_part_in_turn():
     forgotten = [sample for batch in batches for sample in batch.samples[:2]]
     assert sorted(forgotten[:3]) == sorted(forgotten[3:]) == ["a", "b", "c"]
     assert all(batch.samples[2] == "x" and batch.forget == [True, True, False] for batch in batches)
-
-
-def test_several_gpus_are_not_used_through_data_parallel(tmp_path, monkeypatch):
-    """Its replicas would keep target_grad to themselves."""
-    arguments = trainer.training_arguments(tmp_path, learning_rate=1e-3, max_steps=1, seed=0)
-    monkeypatch.setattr(type(arguments), "n_gpu", property(lambda self: self._n_gpu))
-    arguments._n_gpu = 4
-    monkeypatch.setattr(trainer.Trainer, "__init__", lambda self, **_: None)
-    with pytest.raises(AttributeError):  # what comes after the Trainer's own set-up, which is left out
-        trainer.RecordedTrainer(None, arguments, None, None, None)
-    assert arguments._n_gpu == 1
-
-
-def test_an_overflowing_penalty_stops_the_run_before_its_weights_are_kept(options, tmp_path):
-    """lambda beyond float32's range: the first checkpoint would be that of step 2, the first step with a penalty."""
-    with pytest.raises(DivergedError, match="the penalty's gradient norm"):
-        unlearn(replace(options, penalty_share=None, penalty_weight=1e300), tmp_path / "run")
-    assert Run(tmp_path / "run").last_checkpoint() is None
