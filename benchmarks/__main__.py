@@ -15,7 +15,7 @@ from .cases import Case
 from .device import DEVICE
 from .gate import errors
 from .plot import write_docs
-from .record import Row, make_row, make_table, missing_rows, write_json
+from .record import Row, make_row, make_table, missing_rows, provenance, write_json
 from .suites import SUITES
 from .timing import copy_bandwidth, peak_bytes, time_case
 
@@ -39,13 +39,13 @@ def main() -> int:
         return 0
     torch.manual_seed(0)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    copy = copy_bandwidth()
+    copy, facts = copy_bandwidth(), provenance()
     rows: list[Row] = []
     for suite in arguments.suite:
         for case in SUITES[suite]():
             with console.status(f"{case.suite}: {case.name}"):
                 rows += run_case(case, arguments.runs, copy)
-            write_json(arguments.out, rows, copy)  # a run that is cut short keeps what it has
+            write_json(arguments.out, rows, copy, facts)  # a run that is cut short keeps what it has
             gc.collect()
     console.print(make_table(rows, copy))
     console.print(f"wrote {arguments.out}")

@@ -63,10 +63,10 @@ def missing_rows(case: Case) -> list[Row]:
     ]
 
 
-def write_json(path: Path, rows: list[Row], copy: float) -> None:
-    """Write the run's record, whole or not at all."""
+def write_json(path: Path, rows: list[Row], copy: float, facts: dict[str, str]) -> None:
+    """Write the run's record, whole or not at all; `facts` are its provenance, from before anything was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"provenance": provenance(), "copy_gb_per_s": copy / 1e9, "rows": rows}
+    record = {"provenance": facts, "copy_gb_per_s": copy / 1e9, "rows": rows}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)

@@ -10,7 +10,7 @@ from benchmarks.__main__ import DOCS, RESULTS, main, run_case
 from benchmarks.cases import Case
 from benchmarks.gate import errors
 from benchmarks.plot import render, write_docs
-from benchmarks.record import write_json
+from benchmarks.record import provenance, write_json
 from benchmarks.suites import SUITES
 from benchmarks.timing import summarise
 
@@ -53,7 +53,7 @@ def test_percentiles():
 
 
 def test_a_record_carries_its_provenance(tmp_path):
-    write_json(tmp_path / "new" / "run.json", [{"suite": "test"}], copy=1e10)
+    write_json(tmp_path / "new" / "run.json", [{"suite": "test"}], copy=1e10, facts=provenance())
     record = json.loads((tmp_path / "new" / "run.json").read_text())
     assert record["copy_gb_per_s"] == 10
     assert {"commit", "date", "cpu", "torch", "backend native"} <= set(record["provenance"])
@@ -101,7 +101,7 @@ def test_plot_shows_every_row_of_a_record(tmp_path):
     case = dataclasses.replace(
         doubling(ours=lambda x: 2 * x, peer=lambda x: x + x, wrong=lambda x: x), missing={"absent": "is not installed"}
     )
-    write_json(tmp_path / "results" / "cpu.json", run_case(case, runs=2, copy=1e9), copy=1e9)
+    write_json(tmp_path / "results" / "cpu.json", run_case(case, runs=2, copy=1e9), 1e9, provenance())
     *figures, page = write_docs(tmp_path / "results", tmp_path / "docs")
     text = page.read_text()
     for part in ("ours", "peer", "wrong result, not timed", "is not installed", "1.0 GB/s"):
