@@ -79,9 +79,7 @@ def _draw(rows: list[Row], path: Path) -> None:
             position += 1
         position += 1.3
     axes.set_yticks([tick for tick, _ in ticks], [name for _, name in ticks], fontsize=8)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xscale("log" if max(row["times_ours"] or 1 for row in rows) > 20 else "linear")
+    axes.set_ylim(position - 1.3, -1.3)
     axes.set_xlabel("time over ours (longer is slower)", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
