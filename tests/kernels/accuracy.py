@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 # Room beside twice PyTorch's own error, in units of the result's largest value, for PyTorch's error on a handful of
-# numbers can be 0 by luck: one rounding where the result is stored in a narrower type than it was computed in, and where
-# it is not, four, for the formulas have some eight operations of half a rounding each.
+# numbers can be 0 by luck: one rounding where the result is stored in a narrower type than it was computed in, and
+# where it is not, four, for the formulas have some eight operations of half a rounding each.
 ROUNDING = {torch.float64: 4 * 2**-52, torch.float32: 4 * 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 # Largest relative L2 distance from the exact result, for any size, where bias could hide behind large elements.
