@@ -4,6 +4,7 @@ from . import ops
 from .backends import Availability, available_backends
 from .env import collect_env
 from .log_probs import sequence_log_probs
+from .loss import GradientPath
 from .ops import ActGrads, GluGrads, NeuronPenalty, NeuronScores, PackedGluGrads, PenaltyStats
 from .optim import SsiuuAdamW, SsiuuPenalty
 from .patching import PatchHandle, patch
@@ -14,6 +15,7 @@ __all__ = [
     "ActGrads",
     "Availability",
     "GluGrads",
+    "GradientPath",
     "NeuronPenalty",
     "NeuronScores",
     "PackedGluGrads",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .ops.checks import check_segment_values, make_segments
 
 IGNORE_INDEX = -100
 TARGETS = ("prob", "geometric_mean_prob", "log_prob")
@@ -17,50 +21,100 @@ def check_target(target: str) -> str:
     return target
 
 
-def answer_lengths(labels: Tensor) -> Tensor:
-    """Predicted tokens of each sample, `[B, S]` -> int64 `[B]`.
+class Answers(NamedTuple):
+    """The rows of a batch's logits that predict an answer token, in the order of the flattened `[B * S]`.
 
-    A model predicts from the token before, so a label in column 0 is never predicted.
+    Attributes:
+        rows: int64 `[N]`, place in the flattened logits.
+        tokens: int64 `[N]`, the token that is to be predicted there.
+        samples: int64 `[N]`, the sample it belongs to.
+        lengths: int64 `[samples]`, answer tokens of each sample.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    samples: Tensor
+    lengths: Tensor
+
+
+def sample_of_rows(labels: Tensor, segments: Tensor | None) -> Tensor:
+    """The sample of each row of the flattened `[B * S]`, int64; -1 where a row is in no segment."""
+    count, width = labels.shape
+    if segments is None:
+        return torch.arange(count, device=labels.device).repeat_interleave(width)
+    position = torch.arange(count * width, device=labels.device)
+    inside = (position >= segments[:, :1]) & (position < segments[:, 1:])
+    return torch.where(inside.any(0), inside.int().argmax(0), -1)
+
+
+def find_answers(labels: Tensor, segments: Tensor | None = None) -> Answers:
+    """Where the answers of a batch stand. A model predicts from the token before, so a sample's first is no answer.
+
+    Args:
+        labels: int64 `[B, S]`; -100 is ignored.
+        segments: int32 `[N, 2]`, start and end row of each packed sample in the flattened `[B * S]`; None: one a row.
 
     Raises:
-        ValueError: a sample has none.
+        ValueError: a sample without an answer token, or segments that do not fit.
     """
-    lengths = (labels[:, 1:] != IGNORE_INDEX).sum(1)
+    if segments is not None:
+        segments = make_segments(labels, segments)
+        check_segment_values(segments, labels.numel())
+    sample = sample_of_rows(labels, segments)
+    following = labels.flatten()[1:]
+    answered = (following != IGNORE_INDEX) & (sample[1:] == sample[:-1]) & (sample[1:] >= 0)
+    rows = answered.nonzero().flatten()
+    samples = sample[rows]
+    lengths = torch.bincount(samples, minlength=len(labels) if segments is None else len(segments))
     empty = (lengths == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
             f"labels of samples {empty} have no answer token (all are {IGNORE_INDEX} after the first column); "
             "expected at least one: check the prompt mask and the truncation length"
         )
-    return lengths
+    return Answers(rows, following[rows], samples, lengths)
 
 
-def sequence_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+def answer_lengths(labels: Tensor) -> Tensor:
+    """Predicted tokens of each sample, `[B, S]` -> int64 `[B]`; a ValueError where a sample has none."""
+    return find_answers(labels).lengths
+
+
+def sequence_log_probs(logits: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor:
     """`log P(y_b | x_b)`, the sum of the answer tokens' log-probabilities.
 
     Args:
         logits: `[B, S, V]`, any float type; position t predicts token t + 1 (the shift is made here).
         labels: int64 `[B, S]`; -100 is ignored. Only rows with a label are raised to float32.
+        segments: int32 `[N, 2]`, start and end row of each packed sample in the flattened `[B * S]`; None: one sample
+            a row.
 
     Returns:
-        float32 `[B]` (float64 for float64 logits), differentiable.
+        float32 `[B]`, packed `[N]` (float64 for float64 logits), differentiable.
 
     Raises:
         ValueError: shapes that do not fit, or a sample without an answer token.
     """
+    check_logits(logits, labels)
+    return answer_log_probs(logits, find_answers(labels, segments))
+
+
+def check_logits(logits: Tensor, labels: Tensor) -> None:
+    """Raise a ValueError where logits and labels do not fit together."""
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"logits has shape {list(logits.shape)} and labels {list(labels.shape)}; expected [B, S, V] and [B, S]"
         )
-    answer_lengths(labels)
-    targets = labels[:, 1:]
-    answered = targets != IGNORE_INDEX
-    rows = logits[:, :-1][answered]
+
+
+def answer_log_probs(logits: Tensor, answers: Answers) -> Tensor:
+    """`sequence_log_probs`, the answers' places being known."""
+    rows = logits.flatten(0, 1).index_select(0, answers.rows)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    token_log_probs = -F.cross_entropy(rows, targets[answered], reduction="none")
-    # A masked scatter and a row sum, rather than an index_add, keep the sum deterministic on a GPU.
-    scattered = token_log_probs.new_zeros(answered.shape).masked_scatter(answered, token_log_probs)
-    return scattered.sum(1)
+    token_log_probs = -F.cross_entropy(rows, answers.tokens, reduction="none")
+    # A masked row sum, rather than an index_add, keeps the sum deterministic on a GPU.
+    sample = torch.arange(len(answers.lengths), device=logits.device)[:, None]
+    return torch.where(answers.samples == sample, token_log_probs, 0).sum(1)
 
 
 def target_factor(log_probs: Tensor, lengths: Tensor, target: str) -> Tensor:

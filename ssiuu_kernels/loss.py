@@ -2,31 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .log_probs import answer_lengths, check_target, sequence_log_probs, target_factor
+from .log_probs import Answers, answer_log_probs, check_logits, check_target, find_answers, target_factor
 from .neuron_level import NeuronLevel
 from .objectives import Objective, resolve_objective
+from .one_backward.backward import OneBackward
+from .one_backward.graph import Part, depends_on_more_than, inspect_graph, refuse_reentrant_checkpointing
+from .one_backward.row_weights import RowWeights
+from .target_grad import add_target_grad
+
+ONE_BACKWARD, TWO_BACKWARD = ENGINES = ("one-backward", "two-backward")
+Tensors = Tensor | Sequence[Tensor]
+
+
+class GradientPath(NamedTuple):
+    """How the gradients of the last unlearning loss are made.
+
+    Attributes:
+        engine: "one-backward", "two-backward", or "plain" where no target gradient is asked for.
+        reason: why, in one sentence.
+    """
+
+    engine: str
+    reason: str
 
 
 def unlearning_loss(
-    logits: Tensor,
-    labels: Tensor,
+    logits: Tensors,
+    labels: Tensors,
     forget: Tensor,
+    *,
     params: Sequence[nn.Parameter],
     objective: str | Objective,
     target: str | None,
-) -> Tensor:
-    """See `PatchHandle.unlearning_loss`; `params` are those that get a `target_grad`."""
-    compute = resolve_objective(objective)
-    log_probs, lengths = _checked_log_probs(logits, labels, forget)
-    if target is not None:
-        weights = _target_weights(log_probs, lengths, forget, target)
-        log_probs = _TargetGradient.apply(log_probs, _Graph(log_probs, weights, params))
-    return compute(log_probs, lengths, forget)
+    segments: Tensors | None,
+    reference_log_probs: Tensor | None,
+    engine: str,
+    model_params: Mapping[str, nn.Parameter],
+) -> tuple[Tensor, GradientPath]:
+    """See `PatchHandle.unlearning_loss`.
+
+    Args:
+        params: those that get a `target_grad`.
+        engine: "one-backward" where the graph can take it, or "two-backward".
+        model_params: all of the model's, by name.
+    """
+    compute = resolve_objective(objective, reference_log_probs)
+    batches = _checked_batches(logits, labels, segments, forget)
+    log_probs = [answer_log_probs(batch.logits, batch.answers) for batch in batches]
+    lengths = torch.cat([batch.answers.lengths for batch in batches])
+    if target is None:
+        _refuse_update_in_backward(model_params, frozenset(), "target=None asks for none")
+        value = compute(torch.cat(log_probs), lengths, forget)
+        return _checked_value(value), GradientPath("plain", "no target gradient was asked for")
+    factor = _target_weights(torch.cat(log_probs), lengths, forget, target)
+    targets = frozenset(id(param) for param in params)
+    _refuse_update_in_backward(model_params, targets, "the handle's scope leaves it out")
+    for part in log_probs:
+        refuse_reentrant_checkpointing(part)
+    reason = "engine='two-backward' was asked for"
+    if engine == ONE_BACKWARD:
+        forgotten = forget.split([len(part) for part in log_probs])
+        parts = [
+            Part(batch.logits, part, RowWeights(batch.labels, batch.segments, batch.answers, chosen.tolist()))
+            for batch, part, chosen in zip(batches, log_probs, forgotten, strict=True)
+        ]
+        names = {id(param): name for name, param in model_params.items()}
+        versions, reason = inspect_graph(parts, names, targets)
+        if reason is None:
+            versions.check()
+            leaf = OneBackward(parts, factor, versions).attach()
+            value = _checked_value(compute(leaf, lengths, forget))
+            if depends_on_more_than(value, leaf):
+                raise ValueError(
+                    "the objective depends on more than the samples' log-likelihoods (its graph reaches other tensors "
+                    "that require a gradient); detach them, or use ssiuu_kernels.patch(..., engine='two-backward')"
+                )
+            return value, GradientPath(ONE_BACKWARD, "every trainable parameter in the graph is used row by row")
+    joined = torch.cat(log_probs)
+    joined = _TargetGradient.apply(joined, _Graph(joined, factor, params))
+    return _checked_value(compute(joined, lengths, forget)), GradientPath(TWO_BACKWARD, reason)
 
 
 def neuron_level_loss(
@@ -37,10 +97,12 @@ def neuron_level_loss(
     sample_ids: Tensor | None,
     objective: str | Objective,
     target: str | None,
+    reference_log_probs: Tensor | None,
 ) -> Tensor:
     """See `PatchHandle.unlearning_loss`, level "neuron"; `neurons` holds the banks."""
-    compute = resolve_objective(objective)
-    log_probs, lengths = _checked_log_probs(logits, labels, forget)
+    compute = resolve_objective(objective, reference_log_probs)
+    (batch,) = _checked_batches(logits, labels, None, forget)
+    log_probs, lengths = answer_log_probs(batch.logits, batch.answers), batch.answers.lengths
     if target is not None:
         _check_sample_ids(sample_ids, forget, neurons.samples)
         weights = _target_weights(log_probs, lengths, forget, target)
@@ -48,13 +110,54 @@ def neuron_level_loss(
     return compute(log_probs, lengths, forget)
 
 
-def _checked_log_probs(logits: Tensor, labels: Tensor, forget: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihoods and answer lengths, `[B]` each."""
-    if forget.dtype != torch.bool or forget.shape != labels.shape[:1]:
-        raise ValueError(f"forget is {forget.dtype} {list(forget.shape)}; expected a bool mask [{labels.shape[0]}]")
+class _Batch(NamedTuple):
+    """What one forward saw and gave."""
+
+    logits: Tensor
+    labels: Tensor
+    segments: Tensor | None
+    answers: Answers
+
+
+def _checked_batches(logits: Tensors, labels: Tensors, segments: Tensors | None, forget: Tensor) -> list[_Batch]:
+    """The forwards that make up a loss: one, or several whose samples follow one another in `forget`."""
+    several = not isinstance(logits, Tensor)
+    logits, labels = (list(given) if several else [given] for given in (logits, labels))
+    segments = [None] * len(logits) if segments is None else list(segments) if several else [segments]
+    if not len(logits) == len(labels) == len(segments):
+        raise ValueError(
+            f"{len(logits)} logits, {len(labels)} labels and {len(segments)} segments; expected one each a forward"
+        )
+    samples = sum(len(part if packed is None else packed) for part, packed in zip(labels, segments, strict=True))
+    if forget.dtype != torch.bool or forget.shape != (samples,):
+        raise ValueError(f"forget is {forget.dtype} {list(forget.shape)}; expected a bool mask [{samples}]")
     if not bool(forget.any()):
         raise ValueError("forget marks no sample; expected at least one forget sample in the batch")
-    return sequence_log_probs(logits, labels), answer_lengths(labels)
+    batches = []
+    for part_logits, part_labels, packed in zip(logits, labels, segments, strict=True):
+        check_logits(part_logits, part_labels)
+        batches.append(_Batch(part_logits, part_labels, packed, find_answers(part_labels, packed)))
+    return batches
+
+
+def _checked_value(value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
+        came = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"the objective gave {came}{'' if getattr(value, 'requires_grad', True) else ' without a gradient'}; "
+            "expected a scalar tensor, a function of the log-likelihoods"
+        )
+    return value
+
+
+def _refuse_update_in_backward(model_params: Mapping[str, nn.Parameter], targets: frozenset[int], why: str) -> None:
+    """A parameter that is updated in its backward needs both gradients there."""
+    for name, param in model_params.items():
+        if id(param) not in targets and getattr(param, "updated_in_backward", False):
+            raise ValueError(
+                f"{name} is updated in backward and would get no target_grad: {why}; patch with scope='all' and give "
+                "a target, or leave the parameter to an optimizer without update_in_backward"
+            )
 
 
 def _target_weights(log_probs: Tensor, lengths: Tensor, forget: Tensor, target: str) -> Tensor:
@@ -106,8 +209,6 @@ class _TargetGradient(torch.autograd.Function):
         graph = ctx.graph
         grads = torch.autograd.grad(graph.log_probs, graph.params, graph.weights, retain_graph=True, allow_unused=True)
         for param, grad in zip(graph.params, grads, strict=True):
-            if grad is None:
-                continue
-            total = getattr(param, "target_grad", None)
-            param.target_grad = grad if total is None else total.add_(grad)
+            if grad is not None:
+                add_target_grad(param, grad)
         return grad_log_probs, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .backends import check_backend
 from .ops import PenaltyStats, penalty_adamw_many_, penalty_many_
+from .update_in_backward import UpdateInBackward
 
 # Bounds of one step of the steered lambda: a share read as 0 or 1 says only "far", and early ones are noisy.
 _SHARE_FLOOR = 1e-6
@@ -105,6 +106,10 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
     def _update_all(self) -> None:
         """Update every parameter that has a gradient, then steer lambda."""
         pending = [(group, param) for group, param in self._all_params() if param.grad is not None]
+        self._finish_step(self._update_pending(pending), [param for _, param in pending])
+
+    def _update_pending(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[PenaltyStats]:
+        """Update these parameters, and set their target gradients to None."""
         for _, param in pending:  # before anything is written
             if getattr(param, "target_grad", None) is None:
                 raise ValueError(
@@ -121,11 +126,15 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
         for _, param in pending:
             # It belongs to this step alone: left behind, it would be counted again by the next backward.
             param.target_grad = None
+        return parts
+
+    def _finish_step(self, parts: Sequence[PenaltyStats], updated: Sequence[nn.Parameter]) -> None:
+        """Total the statistics of a step, and steer lambda by them."""
         self.last_stats = PenaltyStats.total(parts) if parts else None
         weight = self.param_groups[0]["penalty_weight"]
         self._last_weight = weight.clone() if isinstance(weight, Tensor) else weight
         if parts:
-            self._steer(self.state[pending[0][1]]["step"])
+            self._steer(self.state[updated[0]]["step"])
 
     def _launches(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[tuple[dict, list[nn.Parameter]]]:
         """Parameters that are updated together: a large one alone, small ones of like kind in one launch."""
@@ -134,9 +143,14 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
             state = self.state[param]
             step = 0 if self.capturable else state["step"]
             kind = (id(group), step, param.dtype, param.grad.dtype, state["prev_attribution"].dtype, param.device)
-            key = kind if param.numel() < SMALL else index
+            key = kind if self.is_small(param) else index
             together.setdefault(key, (group, []))[1].append(param)
         return list(together.values())
+
+    @staticmethod
+    def is_small(param: nn.Parameter) -> bool:
+        """Whether this parameter shares a launch with others."""
+        return param.numel() < SMALL
 
     def _states(self, params: list[nn.Parameter], name: str) -> list[Tensor]:
         return [self.state[param][name] for param in params]
@@ -178,6 +192,9 @@ class SsiuuAdamW(_PenalisedOptimizer):
         seed: of the stochastic rounding.
         capturable: step and lambda live on the device, so that `step()` can be captured in a CUDA graph and replayed.
             Every parameter then has a gradient at every step, or at none.
+        update_in_backward: update a parameter as soon as its two gradients are complete, during `backward()`, and free
+            them, so that the gradients of no more than two layers exist at once (`update_in_backward.py`). `step()`
+            then updates what is left, the small parameters, and steers lambda. Every backward is followed by one.
         backend: backend of the ops.
 
     Attributes:
@@ -203,6 +220,7 @@ class SsiuuAdamW(_PenalisedOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         capturable: bool = False,
+        update_in_backward: bool = False,
         backend: str = "auto",
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
@@ -215,6 +233,13 @@ class SsiuuAdamW(_PenalisedOptimizer):
         self.state_dtype, self.stochastic_rounding, self.seed = state_dtype, stochastic_rounding, seed
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, penalty_weight, penalty_share, backend, capturable)
+        self._in_backward = UpdateInBackward(self) if update_in_backward else None
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As in torch; refused once parameters are updated in backward."""
+        if getattr(self, "_in_backward", None) is not None:
+            raise ValueError("update_in_backward=True fixes the parameters; make another optimizer for new ones")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -224,13 +249,17 @@ class SsiuuAdamW(_PenalisedOptimizer):
             closure: recomputes and returns the loss, as in `torch.optim.Optimizer.step`.
 
         Raises:
-            ValueError: a parameter with a `grad` but no `target_grad`; nothing is changed then.
+            ValueError: a parameter with a `grad` but no `target_grad`, nothing is changed then; update_in_backward
+                and a gradient that was changed since the backward (clipped, say).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update_all()
+        if self._in_backward is None:
+            self._update_all()
+        else:
+            self._in_backward.finish()
         return loss
 
     def _state_dtype(self, param: nn.Parameter) -> torch.dtype:

@@ -6,12 +6,15 @@ import logging
 from collections.abc import Mapping
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 
 from . import attribution, backends, loss
 from .hidden import FORMS, ObservedHidden, Observer
+from .loss import ENGINES, ONE_BACKWARD, GradientPath, Tensors
 from .neuron_level import NeuronLevel
 from .objectives import Objective
+from .one_backward.installed import RowForwards
 from .ops import NeuronScores
 from .structure import Mlp, attention_outputs, find_mlps
 
@@ -59,6 +62,8 @@ def patch(
     level: str = "parameter",
     penalty_weight: float | Tensor = 1e-3,
     forget_samples: int | None = None,
+    engine: str = ONE_BACKWARD,
+    grad_dtype: torch.dtype | None = None,
 ) -> PatchHandle:
     """Run the MLPs of this model instance on the kernels. Outputs, hooks and state_dict keys stay the same.
 
@@ -78,13 +83,17 @@ def patch(
             penalty's gradient to `grad`, and any optimizer follows.
         penalty_weight: lambda of level "neuron".
         forget_samples: size of the forget set, for level "neuron": the last attribution of each sample is kept.
+        engine: how `unlearning_loss` makes the two gradients at level "parameter": "one-backward", which falls back
+            where the model cannot take it (`PatchHandle.path` says why), or "two-backward".
+        grad_dtype: torch.float32 adds both gradients of bfloat16 or float16 parameters up in float32; None: in the
+            parameter's type. Needs a torch that has `Tensor.grad_dtype` (2.10 or newer).
 
     Returns:
         A handle, also a context manager that unpatches on exit.
 
     Raises:
-        ValueError: unknown scope, level or backend, a model already patched or without MLPs that the kernels can
-            serve, or (strict) a skipped one; level "neuron" without forget_samples.
+        ValueError: unknown scope, level, engine, grad_dtype or backend, a model already patched or without MLPs that
+            the kernels can serve, or (strict) a skipped one; level "neuron" without forget_samples.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} is unknown; expected one of {', '.join(SCOPES)}")
@@ -92,6 +101,12 @@ def patch(
         raise ValueError(f"level={level!r} is unknown; expected one of {', '.join(LEVELS)}")
     if level == "neuron" and forget_samples is None:
         raise ValueError("level='neuron' keeps the last attribution of each forget sample; pass forget_samples")
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is unknown; expected one of {', '.join(ENGINES)}")
+    if grad_dtype not in (None, torch.float32):
+        raise ValueError(f"grad_dtype={grad_dtype}; expected torch.float32 or None")
+    if grad_dtype is not None and not hasattr(torch.Tensor, "grad_dtype"):
+        raise ValueError(f"grad_dtype={grad_dtype} needs torch 2.10 or newer, and this is {torch.__version__}")
     backends.check_backend(backend)
     if any(hasattr(module, "_ssiuu") for module in model.modules()):
         raise ValueError("model is already patched; call unpatch() on the handle of the first patch")
@@ -104,7 +119,8 @@ def patch(
         mlp.patched.forward = MethodType(_FORWARDS[mlp.form], mlp.patched)
     if skipped:
         logger.warning("patched %d MLPs and skipped %d: see handle.skipped", len(found), len(skipped))
-    return PatchHandle(model, found, skipped, scope, backend, neurons)
+    rows = RowForwards(model, skipped, grad_dtype) if level == "parameter" else None
+    return PatchHandle(model, found, skipped, scope, backend, neurons, engine, rows)
 
 
 def _refusal(model: nn.Module, skipped: dict[str, str]) -> str:
@@ -123,6 +139,7 @@ class PatchHandle:
         skipped: module name -> why it was left as it is.
         scope: "mlp" or "all".
         neurons: banks and last value of the penalty on neurons; None at level "parameter".
+        path: `GradientPath(engine, reason)` of the last `unlearning_loss`; None before the first.
     """
 
     def __init__(
@@ -133,15 +150,20 @@ class PatchHandle:
         scope: str,
         backend: str,
         neurons: NeuronLevel | None,
+        engine: str,
+        rows: RowForwards | None,
     ):
-        self._model, self._mlps, self._backend = model, mlps, backend
+        self._model, self._mlps, self._backend, self._engine, self._rows = model, mlps, backend, engine, rows
+        self.path: GradientPath | None = None
         self.patched, self.skipped, self.scope, self.neurons = list(mlps), skipped, scope, neurons
 
     def unpatch(self) -> None:
         """Give the modules their own forward back. A second call does nothing."""
         for mlp in self._mlps.values():
             del mlp.patched.forward, mlp.patched._ssiuu
-        self._mlps, self.patched = {}, []
+        if self._rows is not None:
+            self._rows.remove()
+        self._mlps, self._rows, self.patched = {}, None, []
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -173,39 +195,61 @@ class PatchHandle:
 
     def unlearning_loss(
         self,
-        logits: Tensor,
-        labels: Tensor,
+        logits: Tensors,
+        labels: Tensors,
         forget: Tensor,
         objective: str | Objective = "gd",
         target: str | None = "prob",
         sample_ids: Tensor | None = None,
+        segments: Tensors | None = None,
+        reference_log_probs: Tensor | None = None,
     ) -> Tensor:
         """The loss of a backbone objective. Its backward fills `param.grad` with `dL`, and `param.target_grad` with
         `sum_b d target_b` over the forget samples; both accumulate. Multiplying the loss scales `dL` alone.
 
-        The two gradients come from two backwards through the graph of one forward. At level "neuron" there is one
-        backward and no `target_grad`: it adds the penalty's gradient (Eq. 3) to `param.grad`.
+        Both gradients come from one backward through the model, which carries the unit gradients `ds_b`: hooks on
+        gradients inside the model see those. A graph that cannot be taken so gets two backwards, with the same result;
+        `path` says which it was, and why. At level "neuron" there is no `target_grad`: the backward adds the
+        penalty's gradient (Eq. 3) to `param.grad`.
 
         Args:
-            logits: `[B, S, V]` of the model.
-            labels: int64 `[B, S]`, -100 is ignored.
+            logits: `[B, S, V]` of the model; or a sequence of such, one a forward (a forget batch and a retain batch of
+                other lengths, say), whose samples then follow one another in `forget`.
+            labels: int64 `[B, S]`, -100 is ignored; or a sequence.
             forget: bool `[B]`, true for forget samples.
-            objective: "ga", "gd", or a callable (log_probs `[B]`, answer lengths `[B]`, forget `[B]`) -> scalar.
+            objective: "ga", "gd", "npo", "dpo" (see `objectives.py`), or a callable (log_probs `[B]`, answer lengths
+                `[B]`, forget `[B]`) -> scalar.
             target: as in `attribute`; None computes no `target_grad`, for a backbone without a penalty.
             sample_ids: int64 `[B]`, for level "neuron": place of each sample in the forget set, each at most once in
                 a batch; what stands at retain samples is not read.
+            segments: int32 `[N, 2]`, for samples packed into rows: start and end of each in the flattened `[B * S]`;
+                `forget` is then `[N]`. Or a sequence.
+            reference_log_probs: `[B]`, for "npo" and "dpo": the same samples' log-likelihoods before unlearning.
 
         Returns:
             Scalar loss. Run with gradient checkpointing in its non-reentrant form.
 
         Raises:
-            ValueError: unknown objective or target, a mask that is empty or of another length, labels without an
-                answer token, an unpatched handle, sample_ids missing or out of place.
+            ValueError: unknown objective or target, an objective that depends on more than the log-likelihoods, a mask
+                that is empty or of another length, labels without an answer token, an unpatched handle, sample_ids
+                missing or out of place, reentrant checkpointing.
+            RuntimeError (from `backward`): a second backward, or parameters edited since the forward; nothing is
+                changed then.
         """
         self._check_patched()
-        if self.neurons is None:
-            return loss.unlearning_loss(logits, labels, forget, self._target_params(), objective, target)
-        return loss.neuron_level_loss(logits, labels, forget, self.neurons, sample_ids, objective, target)
+        if self.neurons is not None:
+            if segments is not None or not isinstance(logits, Tensor):
+                raise ValueError("level 'neuron' takes one batch of one sample a row; leave out segments and sequences")
+            return loss.neuron_level_loss(
+                logits, labels, forget, self.neurons, sample_ids, objective, target, reference_log_probs
+            )
+        value, self.path = loss.unlearning_loss(
+            logits, labels, forget,
+            params=self._target_params(), objective=objective, target=target, segments=segments,
+            reference_log_probs=reference_log_probs, engine=self._engine,
+            model_params=dict(self._model.named_parameters()),
+        )  # fmt: skip
+        return value
 
     def _check_patched(self) -> None:
         if not self._mlps:

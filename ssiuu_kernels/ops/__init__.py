@@ -7,6 +7,7 @@ from .neuron_penalty import NeuronPenalty
 from .penalty import penalty_, penalty_adamw_, penalty_adamw_many_, penalty_many_
 from .results import ActGrads, GluGrads, NeuronScores, PackedGluGrads, PenaltyStats
 from .token_scores import token_scores
+from .wgrad_pair import wgrad_pair
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,4 +28,5 @@ __all__ = [
     "penalty_adamw_many_",
     "penalty_many_",
     "token_scores",
+    "wgrad_pair",
 ]

@@ -61,13 +61,32 @@ PARTS = {
 }  # fmt: skip
 
 
-def tiny_model(family="llama", dtype=torch.float32):
-    """A randomly initialised causal language model of two layers, in training mode."""
+def tiny_model(family="llama", dtype=torch.float32, **changes):
+    """A randomly initialised causal language model of two layers, in training mode; `changes` are of its config."""
     config_class, options = FAMILIES[family]
-    config = config_class(**options)
+    config = config_class(**{**options, **changes})
     # transformers' eager attention gives NaN for rows that are all padding in float64: its mask overflows the softmax.
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if dtype == torch.float64:
+        _widen_norms(model)
     return model.train()
+
+
+def _widen_norms(model):
+    """transformers' RMSNorms compute in float32 whatever the model's type; these in the type that they are given."""
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__.endswith("RMSNorm"):
+            forward = _gemma_norm if kind.__name__.startswith("Gemma") else _llama_norm
+            module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
+def _gemma_norm(self, x):
+    return self._norm(x) * (1.0 + self.weight.to(x.dtype))
+
+
+def _llama_norm(self, x):
+    return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
 
 
 def tiny_batch(padding="right", samples=4, length=11):

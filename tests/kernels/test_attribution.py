@@ -95,25 +95,31 @@ def test_scope_mlp_has_the_mlps_alone():
     }
 
 
+def forward_hooks(model):
+    return [list(module._forward_hooks) for module in model.modules()]
+
+
 def test_leaves_the_model_as_it_was():
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)
     handle = sk.patch(model, scope="all")
     trainable = [parameter.requires_grad for parameter in model.parameters()]
+    hooks = forward_hooks(model)
     handle.attribute(tiny_batch())
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert forward_hooks(model) == hooks
 
 
 def test_a_failure_inside_leaves_the_model_as_it_was():
     model, batch = tiny_model(), tiny_batch()
     handle = sk.patch(model, scope="all")
     batch["input_ids"] = batch["input_ids"] + 1000
+    hooks = forward_hooks(model)
     with pytest.raises(IndexError):
         handle.attribute(batch)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert forward_hooks(model) == hooks
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -8,7 +8,7 @@ import ssiuu_kernels as sk
 
 TOP_LEVEL = {
     "ActGrads", "Availability", "GluGrads", "NeuronPenalty", "NeuronScores", "PackedGluGrads", "PatchHandle",
-    "PenaltyStats", "SsiuuAdamW", "SsiuuPenalty", "available_backends", "collect_env", "ops", "patch",
+    "GradientPath", "PenaltyStats", "SsiuuAdamW", "SsiuuPenalty", "available_backends", "collect_env", "ops", "patch",
     "sequence_log_probs",
 }  # fmt: skip
 SIGNATURES = {
@@ -25,10 +25,12 @@ SIGNATURES = {
     sk.ops.penalty_many_: "grads params target_grads prev_attributions weight step backend",
     sk.ops.penalty_adamw_many_: "params grads target_grads prev_attributions exp_avgs exp_avg_sqs "
     "step lr betas eps weight_decay weight seeds backend",
-    sk.patch: "model scope backend strict level penalty_weight forget_samples",
+    sk.ops.wgrad_pair: "x grad_y loss_weights target_weights target_rows ratio",
+    sk.patch: "model scope backend strict level penalty_weight forget_samples engine grad_dtype",
     sk.PatchHandle.attribute: "self batch target",
-    sk.PatchHandle.unlearning_loss: "self logits labels forget objective target sample_ids",
-    sk.sequence_log_probs: "logits labels",
+    sk.PatchHandle.unlearning_loss: "self logits labels forget objective target sample_ids "
+    "segments reference_log_probs",
+    sk.sequence_log_probs: "logits labels segments",
 }
 FIELDS = {
     sk.NeuronScores: "max min sum",
@@ -38,6 +40,7 @@ FIELDS = {
     sk.NeuronPenalty: "weight ratio bank rows",
     sk.PenaltyStats: "value penalty_grad_norm loss_grad_norm share negative",
     sk.Availability: "ok reason",
+    sk.GradientPath: "engine reason",
 }
 
 

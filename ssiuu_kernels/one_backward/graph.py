@@ -1,0 +1,126 @@
+"""Whether a loss's autograd graph can take the one-backward path: what every parameter in it is used by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .functions import RowFunction, RowLinear
+from .row_weights import RowWeights
+
+# Nodes that a model may put between its output embedding and the loss without mixing rows.
+ELEMENTWISE = (
+    "ToCopyBackward0", "DivBackward0", "MulBackward0", "TanhBackward0", "ViewBackward0", "UnsafeViewBackward0",
+    "AliasBackward0",
+)  # fmt: skip
+REENTRANT = "CheckpointFunctionBackward"
+
+
+class Part(NamedTuple):
+    """One forward: its logits, the log-likelihoods `[N]` made from them, and the weights of its rows."""
+
+    logits: Tensor
+    log_probs: Tensor
+    weights: RowWeights
+
+
+class Versions(NamedTuple):
+    """Parameters of a graph and their versions when it was made, by name."""
+
+    params: dict[str, Tensor]
+    versions: dict[str, int]
+
+    def check(self) -> None:
+        """Raise a RuntimeError if a parameter was edited since."""
+        edited = [name for name, param in self.params.items() if param._version != self.versions[name]]
+        if edited:
+            raise RuntimeError(
+                f"{len(edited)} parameters were edited in place between the forward and its backward, first "
+                f"{edited[0]}: their gradients would be of neither model. Nothing was changed; run the forward again"
+            )
+
+
+def refuse_reentrant_checkpointing(log_probs: Tensor) -> None:
+    """Raise a ValueError where a reentrant checkpoint hides the graph: it runs a backward of its own inside."""
+    if any(node.name() == REENTRANT for node in _nodes(log_probs)):
+        raise ValueError(
+            "the model ran with reentrant gradient checkpointing, which hides its parameters from this loss; call "
+            "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )
+
+
+def inspect_graph(
+    parts: Sequence[Part], names: Mapping[int, str], targets: frozenset[int]
+) -> tuple[Versions, str | None]:
+    """Claim the graph's nodes for these parts; or say why it cannot take the one-backward path.
+
+    Args:
+        parts: the forwards that make up a loss.
+        names: id of a parameter -> its name, for messages.
+        targets: ids of the parameters that get a target gradient.
+
+    Returns:
+        The parameters in the graph with their versions, and the reason, or None.
+    """
+    found, reason = Versions({}, {}), None
+    for part in parts:
+        for node in _nodes(part.log_probs):
+            leaves = [leaf.variable for leaf, _ in node.next_functions if hasattr(leaf, "variable")]
+            if not _is_ours(node):
+                for leaf in leaves:
+                    name = names.get(id(leaf), f"a tensor of shape {list(leaf.shape)}")
+                    reason = reason or f"{name} is used by {node.name()}, which does not tell the samples apart"
+                continue
+            for param, version in zip(node.params, node.versions, strict=True):
+                if param is not None and param.requires_grad:
+                    name = names.get(id(param), str(id(param)))
+                    found.params[name] = param
+                    found.versions[name] = min(version, found.versions.get(name, version))
+            if any(node.weights is other.weights for other in parts):
+                reason = reason or f"{_names(node, names)} ran once for both of the loss's forwards"
+            if not part.weights.fits(node.lead):
+                reason = reason or (
+                    f"{_names(node, names)} ran on rows {list(node.lead)}, and it is not known to which of the samples "
+                    f"of a batch {list(part.weights.batch)} each belongs"
+                )
+            node.weights, node.targets = part.weights, targets
+        _mark_output_layer(part)
+    return found, reason
+
+
+def _is_ours(node) -> bool:
+    return issubclass(getattr(node, "_forward_cls", object), RowFunction)
+
+
+def _names(node, names: Mapping[int, str]) -> str:
+    return " and ".join(names.get(id(param), "a parameter") for param in node.params if param is not None)
+
+
+def _nodes(root: Tensor, stop=None) -> list:
+    """All nodes under `root`; leaves left out, and `stop` with what is under it."""
+    seen, waiting = {root.grad_fn}, [root.grad_fn]
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node is not stop and not hasattr(node, "variable") and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return list(seen)
+
+
+def _mark_output_layer(part: Part) -> None:
+    """The layer that made the logits gets a gradient in the rows that predict an answer, and in no other."""
+    node = part.logits.grad_fn
+    while node is not None and node.name() in ELEMENTWISE:
+        below = [function for function, _ in node.next_functions if function is not None]
+        node = below[0] if len(below) == 1 else None
+    if node is not None and _is_ours(node) and node._forward_cls is RowLinear and node.lead == part.weights.batch:
+        node.answers_alone = True
+
+
+def depends_on_more_than(value: Tensor, start: Tensor) -> bool:
+    """Whether the graph of `value` reaches a leaf by a way that does not lead through `start`."""
+    nodes = _nodes(value, stop=start.grad_fn) if value.grad_fn is not None else []
+    leaves = (below for node in nodes for below, _ in node.next_functions if hasattr(below, "variable"))
+    return value.grad_fn is None or any(True for _ in leaves)

@@ -1,0 +1,62 @@
+"""`wgrad_pair` in plain PyTorch: its definition, and what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Rows = slice | Tensor  # places int64 [N], increasing
+ALL = slice(None)
+
+
+def wgrad_pair_reference(
+    x: Tensor,
+    grad_y: Tensor,
+    loss_weights: Tensor,
+    target_weights: Tensor,
+    target_rows: Rows,
+    other_rows: Sequence[Rows],
+    ratio: float | None,
+) -> tuple[Tensor, Tensor]:
+    """See `wgrad_pair`; `other_rows` are, in parts, those that are no target rows."""
+    if ratio is None:
+        return weighted_product(x, grad_y, loss_weights), weighted_product(x, grad_y, target_weights, target_rows)
+    loss_grad = weighted_product(x, grad_y, loss_weights, target_rows)
+    target_grad = loss_grad * ratio
+    for rows in other_rows:
+        loss_grad += weighted_product(x, grad_y, loss_weights, rows)
+    return loss_grad, target_grad
+
+
+def weighted_product(x: Tensor, grad_y: Tensor, weights: Tensor | None = None, rows: Rows = ALL) -> Tensor:
+    """`grad_y^T diag(weights) x` over some rows, `[out, in]`; weights None: ones."""
+    x, grad_y = take(x, rows), take(grad_y, rows)
+    if weights is not None:
+        column = take(weights, rows)[:, None]
+        if x.shape[1] <= grad_y.shape[1]:
+            x = scaled(x, column)
+        else:
+            grad_y = scaled(grad_y, column)
+    return grad_y.t() @ x
+
+
+def take(tensor: Tensor, rows: Rows) -> Tensor:
+    """Some rows of a tensor: a view where they are a slice."""
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def scaled(tensor: Tensor, column: Tensor) -> Tensor:
+    """In the tensor's type, but multiplied in the weights': a weight rounded to bfloat16 is off for a whole sample."""
+    return torch.mul(tensor, column).to(tensor.dtype)
+
+
+def complement(rows: Rows, count: int, device: torch.device) -> list[Rows]:
+    """The other rows of `count`, as slices where `rows` is one."""
+    if isinstance(rows, slice):
+        start, end, _ = rows.indices(count)
+        return [part for part in (slice(0, start), slice(end, count)) if part.start < part.stop]
+    others = torch.ones(count, dtype=torch.bool, device=device)
+    others[rows] = False
+    return [others.nonzero().flatten()]
