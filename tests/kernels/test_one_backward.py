@@ -69,6 +69,12 @@ def test_equals_two_backwards(family, padding, dtype):
     assert_equal_gradients(tiny_model(family, dtype), tiny_batch(padding))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_equals_two_backwards_on_a_device(family):
+    assert_equal_gradients(tiny_model(family), tiny_batch(), forget=FORGET.cuda())
+
+
 @pytest.mark.parametrize("target", ["prob", "geometric_mean_prob", "log_prob"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -81,6 +81,17 @@ def test_ends_in_the_same_weights_bit_for_bit(change, engine):
     assert torch.isclose(found.last_stats.loss_grad_norm, wanted.last_stats.loss_grad_norm, rtol=1e-12)
 
 
+@pytest.mark.gpu
+def test_ends_in_the_same_weights_on_a_device(monkeypatch):
+    monkeypatch.setattr("tests.kernels.test_update_in_backward.FORGET", FORGET.cuda())
+    model, batch = tiny_model(), tiny_batch()
+    share_and_checkpoint(model)
+    expected = copy.deepcopy(model)
+    trained(expected, batch)
+    trained(model, batch, update_in_backward=True)
+    assert_same_weights(model, expected)
+
+
 def test_a_steered_lambda_is_steered_alike():
     model, batch = tiny_model(), tiny_batch()
     expected = copy.deepcopy(model)
