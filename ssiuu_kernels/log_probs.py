@@ -96,7 +96,8 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, segments: Tensor | None =
         ValueError: shapes that do not fit, or a sample without an answer token.
     """
     check_logits(logits, labels)
-    return answer_log_probs(logits, find_answers(labels, segments))
+    answers = find_answers(labels, segments)
+    return answer_log_probs(logits.flatten(0, 1).index_select(0, answers.rows), answers)
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:
@@ -107,13 +108,12 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
         )
 
 
-def answer_log_probs(logits: Tensor, answers: Answers) -> Tensor:
-    """`sequence_log_probs`, the answers' places being known."""
-    rows = logits.flatten(0, 1).index_select(0, answers.rows)
+def answer_log_probs(rows: Tensor, answers: Answers) -> Tensor:
+    """`sequence_log_probs` from the logits of the answers' rows, `[N, V]`."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
     token_log_probs = -F.cross_entropy(rows, answers.tokens, reduction="none")
     # A masked row sum, rather than an index_add, keeps the sum deterministic on a GPU.
-    sample = torch.arange(len(answers.lengths), device=logits.device)[:, None]
+    sample = torch.arange(len(answers.lengths), device=rows.device)[:, None]
     return torch.where(answers.samples == sample, token_log_probs, 0).sum(1)
 
 

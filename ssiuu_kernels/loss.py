@@ -54,28 +54,25 @@ def unlearning_loss(
     """
     compute = resolve_objective(objective, reference_log_probs)
     batches = _checked_batches(logits, labels, segments, forget)
-    log_probs = [answer_log_probs(batch.logits, batch.answers) for batch in batches]
     lengths = torch.cat([batch.answers.lengths for batch in batches])
     if target is None:
         _refuse_update_in_backward(model_params, frozenset(), "target=None asks for none")
-        value = compute(torch.cat(log_probs), lengths, forget)
+        value = compute(_log_probs(batches), lengths, forget)
         return _checked_value(value), GradientPath("plain", "no target gradient was asked for")
-    factor = _target_weights(torch.cat(log_probs), lengths, forget, target)
+    check_target(target)
     targets = frozenset(id(param) for param in params)
     _refuse_update_in_backward(model_params, targets, "the handle's scope leaves it out")
-    for part in log_probs:
-        refuse_reentrant_checkpointing(part)
+    for batch in batches:
+        if not batch.logits.requires_grad:
+            raise ValueError("logits carry no gradient; call the model with gradients on and trainable parameters")
+        refuse_reentrant_checkpointing(batch.logits)
     reason = "engine='two-backward' was asked for"
     if engine == ONE_BACKWARD:
-        forgotten = forget.split([len(part) for part in log_probs])
-        parts = [
-            Part(batch.logits, part, RowWeights(batch.labels, batch.segments, batch.answers, chosen.tolist()))
-            for batch, part, chosen in zip(batches, log_probs, forgotten, strict=True)
-        ]
-        names = {id(param): name for name, param in model_params.items()}
-        versions, reason = inspect_graph(parts, names, targets)
+        parts = _parts(batches, forget)
+        versions, reason = inspect_graph(parts, {id(param): name for name, param in model_params.items()}, targets)
         if reason is None:
             versions.check()
+            factor = _target_weights(torch.cat([part.log_probs for part in parts]), lengths, forget, target)
             leaf = OneBackward(parts, factor, versions).attach()
             value = _checked_value(compute(leaf, lengths, forget))
             if depends_on_more_than(value, leaf):
@@ -84,9 +81,10 @@ def unlearning_loss(
                     "that require a gradient); detach them, or use ssiuu_kernels.patch(..., engine='two-backward')"
                 )
             return value, GradientPath(ONE_BACKWARD, "every trainable parameter in the graph is used row by row")
-    joined = torch.cat(log_probs)
-    joined = _TargetGradient.apply(joined, _Graph(joined, factor, params))
-    return _checked_value(compute(joined, lengths, forget)), GradientPath(TWO_BACKWARD, reason)
+    log_probs = _log_probs(batches)
+    factor = _target_weights(log_probs, lengths, forget, target)
+    log_probs = _TargetGradient.apply(log_probs, _Graph(log_probs, factor, params))
+    return _checked_value(compute(log_probs, lengths, forget)), GradientPath(TWO_BACKWARD, reason)
 
 
 def neuron_level_loss(
@@ -101,9 +99,11 @@ def neuron_level_loss(
 ) -> Tensor:
     """See `PatchHandle.unlearning_loss`, level "neuron"; `neurons` holds the banks."""
     compute = resolve_objective(objective, reference_log_probs)
-    (batch,) = _checked_batches(logits, labels, None, forget)
-    log_probs, lengths = answer_log_probs(batch.logits, batch.answers), batch.answers.lengths
+    batches = _checked_batches(logits, labels, None, forget)
+    log_probs, lengths = _log_probs(batches), batches[0].answers.lengths
     if target is not None:
+        if not log_probs.requires_grad:
+            raise ValueError("logits carry no gradient; call the model with gradients on and trainable parameters")
         _check_sample_ids(sample_ids, forget, neurons.samples)
         weights = _target_weights(log_probs, lengths, forget, target)
         log_probs = neurons.observe(log_probs, weights, sample_ids, labels.shape[1])
@@ -160,11 +160,25 @@ def _refuse_update_in_backward(model_params: Mapping[str, nn.Parameter], targets
             )
 
 
+def _log_probs(batches: Sequence[_Batch]) -> Tensor:
+    """Of all samples, `[N]`, with the model's graph."""
+    found = []
+    for batch in batches:
+        rows = batch.logits.flatten(0, 1).index_select(0, batch.answers.rows)
+        found.append(answer_log_probs(rows, batch.answers))
+    return torch.cat(found)
+
+
+def _parts(batches: Sequence[_Batch], forget: Tensor) -> list[Part]:
+    forgotten = forget.split([len(batch.answers.lengths) for batch in batches])
+    return [
+        Part(batch.logits, RowWeights(batch.labels, batch.segments, batch.answers, chosen.tolist()))
+        for batch, chosen in zip(batches, forgotten, strict=True)
+    ]
+
+
 def _target_weights(log_probs: Tensor, lengths: Tensor, forget: Tensor, target: str) -> Tensor:
     """`d target_b / d s_b` of the forget samples, 0 for the others; `[B]`."""
-    check_target(target)
-    if not log_probs.requires_grad:
-        raise ValueError("logits carry no gradient; call the model with gradients on and trainable parameters")
     return target_factor(log_probs, lengths, target) * forget
 
 

@@ -143,14 +143,9 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
             state = self.state[param]
             step = 0 if self.capturable else state["step"]
             kind = (id(group), step, param.dtype, param.grad.dtype, state["prev_attribution"].dtype, param.device)
-            key = kind if self.is_small(param) else index
+            key = kind if param.numel() < SMALL else index
             together.setdefault(key, (group, []))[1].append(param)
         return list(together.values())
-
-    @staticmethod
-    def is_small(param: nn.Parameter) -> bool:
-        """Whether this parameter shares a launch with others."""
-        return param.numel() < SMALL
 
     def _states(self, params: list[nn.Parameter], name: str) -> list[Tensor]:
         return [self.state[param][name] for param in params]

@@ -19,6 +19,10 @@ from .ops import PenaltyStats
 if TYPE_CHECKING:
     from .optim import SsiuuAdamW
 
+# Parameters below this size (vectors, and tiny matrices) wait for `step()`, where they share launches: their gradients
+# are next to nothing, 256 KB in float32 at most.
+WAITING = 1 << 16
+
 
 class UpdateInBackward:
     """The hooks on an optimizer's parameters, and what they have done since its last step."""
@@ -60,7 +64,7 @@ class UpdateInBackward:
                 f"a parameter of shape {list(param.shape)} that is updated in backward got no target_grad; expected "
                 "the backward of handle.unlearning_loss(...), with scope='all'"
             )
-        if self._optimizer.is_small(param):  # these share launches, and their gradients are next to nothing
+        if param.numel() < WAITING:
             self._seen[param] = param.grad._version
             return
         self._seen[param] = None

@@ -55,7 +55,8 @@ class OneBackward:
             part.weights.arm(loss, target, *(values[start : start + size] for values in host))
             start += size
         try:
-            torch.autograd.backward([part.log_probs for part in parts], list(split[2]))
+            signals = [part.signal(signal) for part, signal in zip(parts, split[2], strict=True)]
+            torch.autograd.backward([part.logits for part in parts], signals)
         finally:
             for part in parts:
                 part.weights.disarm()

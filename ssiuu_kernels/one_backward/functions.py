@@ -27,7 +27,8 @@ class RowFunction(torch.autograd.Function):
         params: the parameters that it serves (None for one that is absent), in the order of its arguments.
         versions: theirs at the time of the forward.
         weights: those of the forward it belongs to; None where no unlearning loss has claimed it.
-        answers_alone: its output reaches the loss only in the rows that predict an answer token.
+        answer_grad: of the layer that made the logits: the gradient in the rows that predict an answer token, all
+            others being 0. It then takes the place of the one that autograd brings.
         targets: ids of the parameters that get a target gradient.
     """
 
@@ -37,7 +38,7 @@ class RowFunction(torch.autograd.Function):
         ctx.lead = tuple(lead)
         ctx.params = params
         ctx.versions = [None if param is None else param._version for param in params]
-        ctx.weights, ctx.answers_alone, ctx.targets = None, False, frozenset()
+        ctx.weights, ctx.answer_grad, ctx.targets = None, None, frozenset()
 
 
 def _rows_of(ctx) -> LayerRows | None:
@@ -45,7 +46,7 @@ def _rows_of(ctx) -> LayerRows | None:
     weights: RowWeights | None = ctx.weights
     if weights is None or not weights.armed:
         return None
-    return weights.answer_rows() if ctx.answers_alone else weights.rows(ctx.lead)
+    return weights.rows(ctx.lead) if ctx.answer_grad is None else weights.answer_rows()
 
 
 def _deliver(ctx, param: Tensor, pair: Pair) -> Tensor:
@@ -93,10 +94,12 @@ class RowLinear(RowFunction):
         x, weight = ctx.saved_tensors
         rows, places = _rows_of(ctx), ALL
         shape = x.shape
-        x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
-        if rows is not None and ctx.answers_alone:
-            places = ctx.weights.answers.rows  # all other rows of grad_y are 0
-            x, grad_y = take(x, places), take(grad_y, places)
+        x = x.reshape(-1, x.shape[-1])
+        if ctx.answer_grad is None:
+            grad_y = grad_y.reshape(-1, grad_y.shape[-1])
+        else:
+            places, grad_y, ctx.answer_grad = ctx.weights.answers.rows, ctx.answer_grad, None
+            x = take(x, places)
         grads: list[Tensor | None] = [None, None, None, None]
         if ctx.needs_input_grad[0]:
             matrix = weight.to(grad_y.dtype)

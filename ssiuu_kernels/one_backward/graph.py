@@ -5,25 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..log_probs import answer_log_probs
 from .functions import RowFunction, RowLinear
 from .row_weights import RowWeights
 
-# Nodes that a model may put between its output embedding and the loss without mixing rows.
-ELEMENTWISE = (
-    "ToCopyBackward0", "DivBackward0", "MulBackward0", "TanhBackward0", "ViewBackward0", "UnsafeViewBackward0",
-    "AliasBackward0",
-)  # fmt: skip
 REENTRANT = "CheckpointFunctionBackward"
 
 
-class Part(NamedTuple):
-    """One forward: its logits, the log-likelihoods `[N]` made from them, and the weights of its rows."""
+class Part:
+    """One forward of a loss, its graph cut at the logits.
 
-    logits: Tensor
-    log_probs: Tensor
-    weights: RowWeights
+    Args:
+        logits: `[B, S, V]`, with their graph.
+        weights: of the rows.
+
+    Attributes:
+        log_probs: `[N]`, in a graph of their own that ends at the logits of the rows that predict an answer.
+    """
+
+    def __init__(self, logits: Tensor, weights: RowWeights):
+        self.logits, self.weights = logits, weights
+        self._answer_logits = logits.detach().flatten(0, 1).index_select(0, weights.answers.rows).requires_grad_()
+        self.log_probs = answer_log_probs(self._answer_logits, weights.answers)
+
+    def signal(self, unit: Tensor) -> Tensor:
+        """The gradient of `sum_b unit_b s_b` by the logits, to go backward from there.
+
+        The layer that made them gets it in the answers' rows alone: no gradient of all logits is ever made, unless
+        something looks at it.
+        """
+        (grad,) = torch.autograd.grad(self.log_probs, self._answer_logits, unit)
+        node, logits = self.logits.grad_fn, self.logits
+        watched = bool(logits._backward_hooks) or logits.retains_grad
+        if not watched and _is_ours(node) and node._forward_cls is RowLinear and node.lead == self.weights.batch:
+            node.answer_grad = grad
+            return grad.new_zeros(()).expand(logits.shape)
+        rows = grad.new_zeros(logits.shape).flatten(0, 1).index_copy_(0, self.weights.answers.rows, grad)
+        return rows.view(logits.shape)
 
 
 class Versions(NamedTuple):
@@ -42,9 +63,9 @@ class Versions(NamedTuple):
             )
 
 
-def refuse_reentrant_checkpointing(log_probs: Tensor) -> None:
+def refuse_reentrant_checkpointing(logits: Tensor) -> None:
     """Raise a ValueError where a reentrant checkpoint hides the graph: it runs a backward of its own inside."""
-    if any(node.name() == REENTRANT for node in _nodes(log_probs)):
+    if any(node.name() == REENTRANT for node in _nodes(logits)):
         raise ValueError(
             "the model ran with reentrant gradient checkpointing, which hides its parameters from this loss; call "
             "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
@@ -66,7 +87,7 @@ def inspect_graph(
     """
     found, reason = Versions({}, {}), None
     for part in parts:
-        for node in _nodes(part.log_probs):
+        for node in _nodes(part.logits):
             leaves = [leaf.variable for leaf, _ in node.next_functions if hasattr(leaf, "variable")]
             if not _is_ours(node):
                 for leaf in leaves:
@@ -86,7 +107,6 @@ def inspect_graph(
                     f"of a batch {list(part.weights.batch)} each belongs"
                 )
             node.weights, node.targets = part.weights, targets
-        _mark_output_layer(part)
     return found, reason
 
 
@@ -107,16 +127,6 @@ def _nodes(root: Tensor, stop=None) -> list:
                 seen.add(node)
                 waiting.append(node)
     return list(seen)
-
-
-def _mark_output_layer(part: Part) -> None:
-    """The layer that made the logits gets a gradient in the rows that predict an answer, and in no other."""
-    node = part.logits.grad_fn
-    while node is not None and node.name() in ELEMENTWISE:
-        below = [function for function, _ in node.next_functions if function is not None]
-        node = below[0] if len(below) == 1 else None
-    if node is not None and _is_ours(node) and node._forward_cls is RowLinear and node.lead == part.weights.batch:
-        node.answers_alone = True
 
 
 def depends_on_more_than(value: Tensor, start: Tensor) -> bool:
