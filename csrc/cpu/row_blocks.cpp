@@ -8,8 +8,8 @@
 namespace ssiuu::cpu {
 namespace {
 
-void append_blocks(RowBlocks& plan, int64_t start, int64_t end, int64_t segment) {
-  const int64_t count = ceil_div(end - start, kMaxBlockRows);
+void append_blocks(RowBlocks& plan, int64_t start, int64_t end, int64_t segment, int64_t max_rows) {
+  const int64_t count = ceil_div(end - start, max_rows);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t slot = segment >= 0 && count > 1 ? plan.num_slots++ : -1;
     plan.blocks.push_back({start + (end - start) * i / count, start + (end - start) * (i + 1) / count, segment, slot});
@@ -18,7 +18,7 @@ void append_blocks(RowBlocks& plan, int64_t start, int64_t end, int64_t segment)
 
 }  // namespace
 
-RowBlocks make_row_blocks(const Segment* segments, int64_t num_segments, int64_t rows, bool between) {
+RowBlocks make_row_blocks(const Segment* segments, int64_t num_segments, int64_t rows, bool between, int64_t max_rows) {
   std::vector<int64_t> order(num_segments);
   std::iota(order.begin(), order.end(), int64_t{0});
   std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return segments[a].start < segments[b].start; });
@@ -28,11 +28,11 @@ RowBlocks make_row_blocks(const Segment* segments, int64_t num_segments, int64_t
   for (const int64_t segment : order) {
     const auto [start, end] = segments[segment];
     if (start == end) continue;
-    if (between) append_blocks(plan, row, start, -1);
-    append_blocks(plan, start, end, segment);
+    if (between) append_blocks(plan, row, start, -1, max_rows);
+    append_blocks(plan, start, end, segment, max_rows);
     row = end;
   }
-  if (between) append_blocks(plan, row, rows, -1);
+  if (between) append_blocks(plan, row, rows, -1, max_rows);
   return plan;
 }
 
@@ -43,6 +43,7 @@ void finish_scores(const RowBlocks& plan, const Segment* segments, int64_t num_s
     if (segments[b].start != segments[b].end) continue;
     for (int s = 0; s < 3; ++s) std::fill_n(scores + s * stat + b * cols, cols, 0.0f);
   }
+  if (plan.num_slots == 0) return;
   const int64_t stripes = ceil_div(cols, kStripeCols);
 #pragma omp parallel for schedule(static)
   for (int64_t stripe = 0; stripe < stripes; ++stripe) {

@@ -19,11 +19,11 @@ struct alignas(64) RunningScores {
   float sum[kStripeCols];         // of the block's rows up to the last flush
   float recent_sum[kStripeCols];  // of the rows since
 
-  void reset() {
-    std::fill_n(max, kStripeCols, -std::numeric_limits<float>::infinity());
-    std::fill_n(min, kStripeCols, std::numeric_limits<float>::infinity());
-    std::fill_n(sum, kStripeCols, 0.0f);
-    std::fill_n(recent_sum, kStripeCols, 0.0f);
+  explicit RunningScores(int64_t count) : count_(count) {
+    std::fill_n(max, count, -std::numeric_limits<float>::infinity());
+    std::fill_n(min, count, std::numeric_limits<float>::infinity());
+    std::fill_n(sum, count, 0.0f);
+    std::fill_n(recent_sum, count, 0.0f);
   }
 
   void update(int64_t j, float value) {
@@ -37,20 +37,22 @@ struct alignas(64) RunningScores {
     if (row % kSumRows == 0) flush();
   }
 
-  void store(ScoreRows target, int64_t col, int64_t count) {
+  void store(ScoreRows target, int64_t col) {
     flush();
-    std::copy_n(max, count, target.base + col);
-    std::copy_n(min, count, target.base + target.stride + col);
-    std::copy_n(sum, count, target.base + 2 * target.stride + col);
+    std::copy_n(max, count_, target.base + col);
+    std::copy_n(min, count_, target.base + target.stride + col);
+    std::copy_n(sum, count_, target.base + 2 * target.stride + col);
   }
 
  private:
   void flush() {
-    for (int64_t j = 0; j < kStripeCols; ++j) {
+    for (int64_t j = 0; j < count_; ++j) {
       sum[j] += recent_sum[j];
       recent_sum[j] = 0.0f;
     }
   }
+
+  int64_t count_;  // columns in use
 };
 
 }  // namespace ssiuu::cpu

@@ -1,22 +1,31 @@
-"""The outputs of `hidden_backward`. Gradients are parts of one tensor: a registered op's outputs may not overlap."""
+"""The outputs of `hidden_backward`.
+
+The gradients of x and up are two tensors, except where a fused projection takes them as one: the C library gives
+memory back to the system in pieces of over 32 MB, and the next backward pays a page fault for every 4 KB of it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .results import absent
 
-def empty_grads(x: Tensor, up: Tensor | None, packed: bool) -> Tensor:
-    """Room for the gradients of x and up, each `[T, F]`: `[T, 2, F]` if packed, else `[2, T, F]` (`[1, T, F]`)."""
+
+def empty_grads(x: Tensor, up: Tensor | None, packed: bool) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of x and up, `[T, F]` each; if packed, both in the first, `[T, 2, F]`."""
     rows, cols = x.shape
-    parts = 1 if up is None else 2
-    return x.new_empty((rows, parts, cols) if packed else (parts, rows, cols))
+    if packed:
+        return x.new_empty((rows, 2, cols)), absent(x)
+    return x.new_empty((rows, cols)), absent(x) if up is None else x.new_empty((rows, cols))
 
 
-def grad_views(grads: Tensor, packed: bool) -> tuple[Tensor, Tensor | None]:
+def grad_views(grads: tuple[Tensor, Tensor], packed: bool) -> tuple[Tensor, Tensor | None]:
     """The gradients of x and of up, `[T, F]` each; None without up."""
-    parts = grads.unbind(1 if packed else 0)
-    return parts[0], parts[1] if len(parts) == 2 else None
+    grad_x, grad_up = grads
+    if packed:
+        return grad_x.unbind(1)
+    return grad_x, None if grad_up.dim() == 1 else grad_up
 
 
 def empty_scores(x: Tensor, segments: Tensor) -> Tensor:

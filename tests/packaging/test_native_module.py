@@ -98,6 +98,24 @@ def test_hidden_backward_does_not_depend_on_the_thread_count():
         assert torch.equal(a, b)
 
 
+def test_outputs_of_several_huge_pages():
+    """Where huge pages are asked for: the memory of a fresh output, and of nothing else."""
+    rows, cols = 1100, 1024
+    gate, up, grad_h = torch.randn(3, rows, cols)
+    around = torch.full((rows * cols + 2000,), 7.0)
+    h = around[1000:-1000]
+    _native.hidden_forward_cpu(
+        FLOAT32, 0, rows, cols, gate.data_ptr(), cols, up.data_ptr(), cols, h.data_ptr(), cols
+    )  # fmt: skip
+    torch.testing.assert_close(h.view(rows, cols), torch.nn.functional.silu(gate) * up)
+    assert around[:1000].eq(7).all()
+    assert around[-1000:].eq(7).all()
+    grad_gate, grad_up, _, _ = hidden_backward(0, gate, up, grad_h, torch.zeros(0, 2, dtype=torch.int32))
+    inputs = [gate.requires_grad_(), up.requires_grad_()]
+    expected = torch.autograd.grad(torch.nn.functional.silu(gate) * up, inputs, grad_h)
+    torch.testing.assert_close((grad_gate, grad_up), tuple(expected))
+
+
 def test_penalty_does_not_depend_on_the_thread_count_or_alignment():
     n = 100_003
     tensors = torch.randn(4, n)

@@ -18,8 +18,8 @@ COMPILER = shutil.which("g++")
     [
         (
             "hidden.cpp",
-            2 * 5 * 2 * (1 + 1 + 2 * 2),
-        ),  # types x activations x gated: forward, scores; x with h x with scores, backward
+            2 * 5 * 2 * (1 + 1 + 2 * 3),
+        ),  # types x activations x gated: forward, scores; backward with h or not, plain, scored or penalised
         ("token_scores.cpp", 2),
         (
             "penalty.cpp",

@@ -13,8 +13,9 @@ SSIUU_HOST_DEVICE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
 #else
-  // x = n log(2) + r with |r| <= log(2) / 2. Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
-  constexpr float kRound = 12582912.0f;
+  // x = n log(2) + r with |r| <= log(2) / 2. Adding and subtracting 1.5 * 2^23 rounds to the nearest integer; 64 more
+  // keeps 2^(n + 64) a normal number.
+  constexpr float kRound = 12582912.0f + 64.0f;
   constexpr float kLog2Hi = 0x1.62e4p-1f;  // 15 bits: n * kLog2Hi is exact
   constexpr float kLog2Lo = 0x1.7f7d1cp-20f;
   const float clamped = -104.0f > x ? -104.0f : x;
@@ -28,12 +29,10 @@ SSIUU_HOST_DEVICE float exp_nonpositive(float x) {
   q = q * r + 1.66665207e-1f;
   q = q * r + 4.99999935e-1f;
   const float exp_r = 1.0f + (r + r * r * q);
-  // 2^n in two factors, so that neither leaves the range of normal numbers.
-  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
-  const int32_t half = exponent >> 1;
-  const float scale1 = bit_cast<float>((half + 127) << 23);
-  const float scale2 = bit_cast<float>((exponent - half + 127) << 23);
-  return exp_r * scale1 * scale2;
+  // The low bits of `shifted` are n + 64, to be added to the exponent. That may spoil a NaN, which the last term
+  // restores.
+  const float scaled = bit_cast<float>(bit_cast<uint32_t>(exp_r) + (bit_cast<uint32_t>(shifted) << 23));
+  return scaled * 0x1p-64f + 0.0f * clamped;
 #endif
 }
 

@@ -48,13 +48,20 @@ SSIUU_HOST_DEVICE float from_float<float>(float x) {
   return x;
 }
 
-// Round to nearest even. Without the select the rounding increment could carry a NaN's payload over into infinity.
+// Round to nearest even, for which the device has an instruction. Without the select the rounding increment could carry
+// a NaN's payload over into infinity; it is made in 32 bits, for GCC would narrow one of 16 to and fro.
 template <>
 SSIUU_HOST_DEVICE BFloat16 from_float<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__)
+  BFloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-  return BFloat16{static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const uint32_t quiet_nan = bits | 0x400000u;
+  return BFloat16{static_cast<uint16_t>((x != x ? quiet_nan : rounded) >> 16)};
+#endif
 }
 
 }  // namespace ssiuu

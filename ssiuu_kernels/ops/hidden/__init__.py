@@ -49,20 +49,22 @@ def hidden_backward(
     longest: int,
     penalty: NeuronPenalty | None,
     backend: str,
-) -> tuple[Tensor, Tensor | None, NeuronScores | None, NeuronScores | None]:
-    """The gradients in one tensor, h, and the scores of h and x; None where not asked for.
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None, NeuronScores | None, NeuronScores | None]:
+    """The gradients (a pair, or one tensor if packed or without up), h, and the scores of h and x; None where not asked
+    for.
 
     Args:
         x, up, grad_h: `[T, F]`, checked.
-        packed: the gradients lie as `[T, 2, F]`, and not as `[2, T, F]` (`[1, T, F]` without up).
+        packed: the gradients are one tensor, `[T, 2, F]`.
         longest: rows of the longest sample, or 0: not known on the host. Kernels then keep nothing of it on chip.
         penalty: on neurons; its bank is updated.
     """
     weight, ratio, bank, bank_rows = _penalty_tensors(penalty, x)
-    grads, h, h_scores, x_scores = _hidden_backward(
+    grad_x, grad_up, h, h_scores, x_scores = _hidden_backward(
         x, up, grad_h, segments, activation, scores, recompute_h, packed, longest,
         weight, ratio, bank, bank_rows, backends.check_backend(backend),
     )  # fmt: skip
+    grads = grad_x if packed or up is None else (grad_x, grad_up)
     return grads, h if recompute_h else None, neuron_scores(h_scores), neuron_scores(x_scores)
 
 
@@ -116,7 +118,7 @@ def _hidden_backward(
     bank: Tensor | None,
     bank_rows: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     penalised = bank is not None
     if scores or penalised:
         check_segment_values(segments, x.shape[0])
@@ -129,9 +131,13 @@ def _hidden_backward(
 
 @_hidden_backward.register_fake
 def _(x, up, grad_h, segments, activation, scores, recompute_h, packed, *_):
-    grads = empty_grads(x, up, packed)
     h_scores = empty_scores(x, segments) if scores else absent(x)
-    return grads, x.new_empty(x.shape) if recompute_h else absent(x), h_scores, torch.empty_like(h_scores)
+    return (
+        *empty_grads(x, up, packed),
+        x.new_empty(x.shape) if recompute_h else absent(x),
+        h_scores,
+        torch.empty_like(h_scores),
+    )
 
 
 def _save_inputs(ctx, inputs, output) -> None:
@@ -147,7 +153,8 @@ def _differentiate(ctx, grad_h: Tensor):
     x, up = ctx.saved_tensors
     options = (ctx.activation, False, False, False, 0, None, ctx.backend)
     grads, *_ = hidden_backward(x, up, grad_h, _no_segments(x), *options)
-    return grads[0], None if up is None else grads[1], None, None
+    grad_x, grad_up = (grads, None) if up is None else grads
+    return grad_x, grad_up, None, None
 
 
 def _differentiate_packed(ctx, grad_h: Tensor):

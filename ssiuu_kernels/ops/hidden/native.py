@@ -41,7 +41,7 @@ def hidden_backward(
     packed: bool,
     longest: int,
     penalty: NeuronPenalty | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, grad_h, up = dense_rows(x), dense_rows(grad_h), None if up is None else dense_rows(up)
     rows, cols = x.shape
     grads = empty_grads(x, up, packed)
@@ -57,4 +57,4 @@ def hidden_backward(
         workspace=(rows, cols, len(segments), scores),
     )  # fmt: skip
     found = (h_scores, x_scores) if scores else (absent(x), absent(x))
-    return grads, absent(x) if h is None else h, *found
+    return *grads, absent(x) if h is None else h, *found

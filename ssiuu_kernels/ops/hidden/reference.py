@@ -30,7 +30,7 @@ def hidden_backward(
     packed: bool,
     longest: int,
     penalty: NeuronPenalty | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     value, derivative = ACTIVATIONS[activation]
     z, dh = x.to(dtype), grad_h.to(dtype)
@@ -47,7 +47,7 @@ def hidden_backward(
     if grad_up is not None:
         grad_up.copy_(dh * activated)
     h = h.to(x.dtype).contiguous() if recompute_h else absent(x)
-    return grads, h, h_scores if scores else absent(x), x_scores
+    return *grads, h, h_scores if scores else absent(x), x_scores
 
 
 def penalty_factor(h_sum: Tensor, segments: Tensor, rows: int, penalty: NeuronPenalty) -> Tensor:

@@ -294,7 +294,7 @@ def hidden_backward(
     packed: bool,
     longest: int,
     penalty: NeuronPenalty | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, grad_h, up = dense_rows(x), dense_rows(grad_h), None if up is None else dense_rows(up)
     grads = empty_grads(x, up, packed)
     grad_x, grad_up = grad_views(grads, packed)
@@ -311,7 +311,7 @@ def hidden_backward(
         _launch_plain(tensors, strides, constants)
         h_scores, x_scores = (empty_scores(x, segments) if scores else None for _ in range(2))
     found = (h_scores, x_scores) if scores else (absent(x), absent(x))
-    return grads, absent(x) if h is None else h, *found
+    return *grads, absent(x) if h is None else h, *found
 
 
 def _launch_plain(tensors, strides, constants) -> None:
