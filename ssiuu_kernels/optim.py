@@ -106,9 +106,9 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
     def _update_all(self) -> None:
         """Update every parameter that has a gradient, then steer lambda."""
         pending = [(group, param) for group, param in self._all_params() if param.grad is not None]
-        self._finish_step(self._update_pending(pending), [param for _, param in pending])
+        self.finish_step(self.update_params(pending), [param for _, param in pending])
 
-    def _update_pending(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[PenaltyStats]:
+    def update_params(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[PenaltyStats]:
         """Update these parameters, and set their target gradients to None."""
         for _, param in pending:  # before anything is written
             if getattr(param, "target_grad", None) is None:
@@ -128,7 +128,7 @@ class _PenalisedOptimizer(torch.optim.Optimizer):
             param.target_grad = None
         return parts
 
-    def _finish_step(self, parts: Sequence[PenaltyStats], updated: Sequence[nn.Parameter]) -> None:
+    def finish_step(self, parts: Sequence[PenaltyStats], updated: Sequence[nn.Parameter]) -> None:
         """Total the statistics of a step, and steer lambda by them."""
         self.last_stats = PenaltyStats.total(parts) if parts else None
         weight = self.param_groups[0]["penalty_weight"]

@@ -138,6 +138,7 @@ class PatchHandle:
         patched: names of the patched modules.
         skipped: module name -> why it was left as it is.
         scope: "mlp" or "all".
+        engine: the one that was asked for; `path` says which one a loss took.
         neurons: banks and last value of the penalty on neurons; None at level "parameter".
         path: `GradientPath(engine, reason)` of the last `unlearning_loss`; None before the first.
     """
@@ -153,9 +154,9 @@ class PatchHandle:
         engine: str,
         rows: RowForwards | None,
     ):
-        self._model, self._mlps, self._backend, self._engine, self._rows = model, mlps, backend, engine, rows
+        self._model, self._mlps, self._backend, self._rows = model, mlps, backend, rows
         self.path: GradientPath | None = None
-        self.patched, self.skipped, self.scope, self.neurons = list(mlps), skipped, scope, neurons
+        self.patched, self.skipped, self.scope, self.engine, self.neurons = list(mlps), skipped, scope, engine, neurons
 
     def unpatch(self) -> None:
         """Give the modules their own forward back. A second call does nothing."""
@@ -246,7 +247,7 @@ class PatchHandle:
         value, self.path = loss.unlearning_loss(
             logits, labels, forget,
             params=self._target_params(), objective=objective, target=target, segments=segments,
-            reference_log_probs=reference_log_probs, engine=self._engine,
+            reference_log_probs=reference_log_probs, engine=self.engine,
             model_params=dict(self._model.named_parameters()),
         )  # fmt: skip
         return value

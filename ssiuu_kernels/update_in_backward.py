@@ -9,25 +9,35 @@ backward, and so before any weight that it reads is updated.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from .ops import PenaltyStats
 
-if TYPE_CHECKING:
-    from .optim import SsiuuAdamW
-
 # Parameters below this size (vectors, and tiny matrices) wait for `step()`, where they share launches: their gradients
 # are next to nothing, 256 KB in float32 at most.
 WAITING = 1 << 16
 
 
+class PenalisedOptimizer(Protocol):
+    """What the hooks need of their optimizer."""
+
+    param_groups: list[dict]
+
+    def update_params(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[PenaltyStats]:
+        """Update these parameters, each with its group."""
+
+    def finish_step(self, parts: Sequence[PenaltyStats], updated: Sequence[nn.Parameter]) -> None:
+        """Total the statistics of a step, and steer lambda by them."""
+
+
 class UpdateInBackward:
     """The hooks on an optimizer's parameters, and what they have done since its last step."""
 
-    def __init__(self, optimizer: SsiuuAdamW):
+    def __init__(self, optimizer: PenalisedOptimizer):
         self._optimizer = weakref.proxy(optimizer)
         # By index: load_state_dict puts other dictionaries in the groups' places.
         self._group_index = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -68,7 +78,7 @@ class UpdateInBackward:
             self._seen[param] = param.grad._version
             return
         self._seen[param] = None
-        self._parts += self._optimizer._update_pending([(self._group(param), param)])
+        self._parts += self._optimizer.update_params([(self._group(param), param)])
         param.grad = None
 
     def _group(self, param: nn.Parameter) -> dict:
@@ -88,13 +98,13 @@ class UpdateInBackward:
                 "use update_in_backward=False"
             )
         pending = [(self._group(param), param) for param, _ in waiting if param.grad is not None]
-        parts = self._parts + self._optimizer._update_pending(pending)
+        parts = self._parts + self._optimizer.update_params(pending)
         updated = [param for param, version in self._seen.items() if version is None]
         for _, param in pending:
             param.grad = None
             updated.append(param)
         self._parts, self._seen = [], {}
-        self._optimizer._finish_step(parts, updated)
+        self._optimizer.finish_step(parts, updated)
 
 
 def _release(handles: list, params: list) -> None:

@@ -20,8 +20,8 @@ from .metrics import score_facts
 from .models import load_model
 from .progress import Job, job
 from .prompts import Encoded, PromptFormat
+from .recorder import StepRecord
 from .runs import Run
-from .trainer import StepRecord
 
 KINDS = ("harmful", "benign")
 # The paper's grids.

@@ -95,6 +95,16 @@ def unlearn(
     target: Annotated[
         str, typer.Option(help="Attributed quantity: prob (the paper), geometric_mean_prob or log_prob.")
     ] = "prob",
+    engine: Annotated[
+        str, typer.Option(help="What makes the penalty's gradient: one-backward, or two-backward as in the paper.")
+    ] = "one-backward",
+    update_in_backward: Annotated[
+        bool,
+        typer.Option(
+            "--update-in-backward",
+            help="Update each parameter in the backward and free its gradients, to save memory; ssiuu alone.",
+        ),
+    ] = False,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps at most.")] = 100,
     forget_batch: Annotated[int, typer.Option(help="Forget facts in a micro-batch; 0 is all of them.")] = 0,
     retain_batch: Annotated[int, typer.Option(help="Retain facts in a micro-batch; 0 is as many as forget.")] = 0,

@@ -13,8 +13,9 @@ from .facts import BUILTIN, load_facts
 from .models import load_model
 from .progress import job
 from .prompts import Encoded, PromptFormat
+from .recorder import StepRecord
 from .runs import Run
-from .trainer import RecordedTrainer, Schedule, StepRecord, training_arguments
+from .trainer import RecordedTrainer, Schedule, training_arguments
 
 
 def train_on(

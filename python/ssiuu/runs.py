@@ -46,11 +46,12 @@ class Run:
         before = run.read("config.json")
         if before["status"] == COMPLETE:
             raise ValueError(f"run {run.path} is complete; there is nothing to resume")
-        changed = [name for name in config if before.get(name) != config[name]]
+        # An option that a run was started without, under an earlier version, is taken as it comes.
+        changed = [name for name in config if name in before and before[name] != config[name]]
         if changed:
             name = changed[0]
             raise ValueError(
-                f"run {run.path} was started with {name}={before.get(name)!r}, now {config[name]!r}; "
+                f"run {run.path} was started with {name}={before[name]!r}, now {config[name]!r}; "
                 "resume with the same options"
             )
         return run

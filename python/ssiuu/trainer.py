@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 import ssiuu_kernels as sk
+from ssiuu_kernels.loss import ONE_BACKWARD, TWO_BACKWARD
 
-from .methods import Method, OptimizerOptions
+from .methods import Method, OptimizerOptions, check_update_in_backward
 from .prompts import Encoded, PromptFormat
+from .recorder import Recorder, StepRecord, check_finite
 
 logger = logging.getLogger(__name__)
-
-MINUTE_SHARE = 1e-3  # below it the penalty outweighs the loss in next to no parameter
-
-
-class DivergedError(ValueError):
-    """Training met a loss or a gradient that is no number."""
 
 
 class MicroBatch(NamedTuple):
@@ -66,22 +60,6 @@ def _order(size: int, length: int, seed: int) -> list[int]:
     while len(order) < length:
         order += generator.sample(range(size), size)
     return order[:length]
-
-
-class StepRecord(NamedTuple):
-    """Hooks of a run.
-
-    Attributes:
-        write: receives the line of every step, {"step", "seconds", "loss", "loss_grad_norm", ...}.
-        evaluate: returns scores of the model as it is; called every `evaluate_every` steps, and merged into the line.
-        evaluate_every: in optimizer steps.
-        stop: whether these scores end the run.
-    """
-
-    write: Callable[[dict], None]
-    evaluate: Callable[[PreTrainedModel], dict[str, float]]
-    evaluate_every: int
-    stop: Callable[[dict[str, float]], bool] = lambda _: False
 
 
 def training_arguments(
@@ -147,7 +125,7 @@ class RecordedTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=schedule, data_collator=self._collate)
         # The losses below are means over the micro-batch: the Trainer is to divide them by their number.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(_Recorder(self, record))
+        self.add_callback(Recorder(self, record))
         self.remove_callback(PrinterCallback)
 
     def _collate(self, items: list[MicroBatch]) -> dict[str, Tensor]:
@@ -164,20 +142,23 @@ class RecordedTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.check_finite("the loss", loss.item())
+        check_finite("the loss", loss.item(), self.state.global_step + 1)
         self.step_loss += loss.item()
+        self.step_tokens += int(inputs["attention_mask"].sum())
         return loss
 
-    def check_finite(self, name: str, value: float, step: int | None = None) -> None:
-        """Raise `DivergedError` if the value of this step (default: the one under way) is no finite number."""
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"{name} is {value} at step {step or self.state.global_step + 1}; stopped before a checkpoint took "
-                "it in: use a lower learning rate or penalty weight"
-            )
+    def _get_grad_norm(self, model, grad_norm=None):
+        # The Trainer would measure it by a clipping to infinity, which multiplies every gradient by 1: a pass over
+        # memory, and an update in backward refuses gradients that were written to since.
+        return grad_norm
 
-    def penalty_metrics(self) -> dict[str, float]:
-        """What the optimizer says of its penalty after a step; empty where it has none."""
+    def gradient_metrics(self) -> dict[str, float]:
+        """What is measured of the gradients before the optimizer uses them."""
+        norms = [param.grad.norm() for param in self.model.parameters() if param.grad is not None]
+        return {"loss_grad_norm": torch.stack(norms).norm().item()}
+
+    def optimizer_metrics(self) -> dict[str, float | str]:
+        """What is known of the gradients and the penalty after a step."""
         return {}
 
 
@@ -190,11 +171,24 @@ class UnlearnTrainer(RecordedTrainer):
         method: see `methods.py`.
         options: of the optimizer.
         target: attribution target of a penalised method.
+
+    Raises:
+        ValueError: an update in backward with several micro-batches a step, clipping, or a method without a penalty.
     """
 
-    def __init__(self, *arguments, handle: sk.PatchHandle, method: Method, options: OptimizerOptions, target: str):
+    def __init__(
+        self,
+        *arguments,
+        handle: sk.PatchHandle,
+        method: Method,
+        options: OptimizerOptions,
+        target: str,
+    ):
         self.handle, self.method, self.options, self.target = handle, method, options, target
+        self.expects_one_backward = handle.engine == ONE_BACKWARD
         super().__init__(*arguments)
+        if options.update_in_backward:
+            check_update_in_backward(method, self.args.gradient_accumulation_steps, self.args.max_grad_norm)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -210,58 +204,28 @@ class UnlearnTrainer(RecordedTrainer):
         loss = self.handle.unlearning_loss(
             output.logits, inputs["labels"], inputs["forget"], self.method.objective, target
         )
+        self._warn_of_second_backward()
         return (loss, output) if return_outputs else loss
 
-    def penalty_metrics(self) -> dict[str, float]:
-        if not isinstance(self.unlearning_optimizer, sk.SsiuuAdamW):
-            return {}
+    def _warn_of_second_backward(self) -> None:
+        if self.expects_one_backward and self.handle.path.engine == TWO_BACKWARD:
+            self.expects_one_backward = False
+            logger.warning("two backwards a step, where one was asked for: %s", self.handle.path.reason)
+
+    def gradient_metrics(self) -> dict[str, float]:
+        # The fused step measures the norm on its way, and an update in backward leaves no gradients to measure.
+        return {} if self.method.penalised else super().gradient_metrics()
+
+    def optimizer_metrics(self) -> dict[str, float | str]:
+        engine = {"engine": self.handle.path.engine}
+        if not self.method.penalised:
+            return engine
         stats = self.unlearning_optimizer.last_stats
         return {
-            "penalty": stats.value.item(),
+            "loss_grad_norm": stats.loss_grad_norm.item(),
             "penalty_grad_norm": stats.penalty_grad_norm.item(),
+            "penalty": stats.value.item(),
             "share": stats.share.item(),
             "lambda": self.unlearning_optimizer.last_weight,
+            **engine,
         }
-
-
-class _Recorder(TrainerCallback):
-    """Measures and records every optimizer step, evaluates, and stops."""
-
-    def __init__(self, trainer: RecordedTrainer, record: StepRecord):
-        self.trainer, self.record, self.warned = trainer, record, False
-
-    def on_step_begin(self, args, state, control, **_):
-        self.start, self.trainer.step_loss = time.perf_counter(), 0.0
-
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        grads = [param.grad for param in self.trainer.model.parameters() if param.grad is not None]
-        self.grad_norm = torch.stack([grad.norm() for grad in grads]).norm().item()
-        self.trainer.check_finite("the gradient's norm", self.grad_norm)
-
-    def on_step_end(self, args, state, control, **_):
-        line = {
-            "step": state.global_step,
-            "seconds": time.perf_counter() - self.start,
-            "loss": self.trainer.step_loss,
-            "loss_grad_norm": self.grad_norm,
-            **self.trainer.penalty_metrics(),
-        }
-        # Known only once the fused step is done: stop before its weights get into a checkpoint.
-        self.trainer.check_finite("the penalty's gradient norm", line.get("penalty_grad_norm", 0.0), line["step"])
-        self._warn_of_idle_penalty(line)
-        if state.global_step % self.record.evaluate_every == 0 or state.global_step == args.max_steps:
-            scores = self.record.evaluate(self.trainer.model)
-            line |= scores
-            control.should_training_stop |= self.record.stop(scores)
-        self.record.write(line)
-
-    def _warn_of_idle_penalty(self, line: dict) -> None:
-        # A steered lambda is still on its way in the first steps.
-        if self.warned or line["step"] < 5 or line.get("share", 1) >= MINUTE_SHARE:
-            return
-        self.warned = True
-        logger.warning(
-            "the penalty outweighs the loss in a share of %.1e of the parameters of negative attribution: it does next "
-            "to nothing. --penalty-share 0.25, for one, steers lambda to where it does",
-            line["share"],
-        )

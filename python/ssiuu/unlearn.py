@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import check_target
+from ssiuu_kernels.loss import ENGINES, ONE_BACKWARD
 
 from .evaluate import evaluate_sets, evaluate_split
 from .facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
-from .methods import OptimizerOptions, get_method
+from .methods import OptimizerOptions, check_update_in_backward, get_method
 from .metrics import known_facts, score_facts
 from .models import load_model
 from .progress import job
 from .prompts import PromptFormat
+from .recorder import StepRecord
 from .runs import Run
-from .trainer import Schedule, StepRecord, UnlearnTrainer, training_arguments
+from .trainer import Schedule, UnlearnTrainer, training_arguments
 
 # The paper's early stop: chance among three options, or the retrained model's ROUGE-L recall on TOFU.
 CHOICE_THRESHOLD, ROUGE_THRESHOLD = 1 / 3, 0.1971
@@ -40,6 +42,9 @@ class UnlearnOptions:
         shots: worked examples in the prompt.
         learning_rate, weight_decay: of AdamW.
         penalty_weight, penalty_share, target: of the penalty; None where the method has none.
+        engine: "one-backward" or "two-backward", which make both gradients of a penalised method; the results differ
+            in rounding. None where the method has no penalty.
+        update_in_backward: update each parameter during the backward and free its gradients, to save memory.
         max_steps: optimizer steps at most.
         forget_batch, retain_batch: facts of each set in a micro-batch; 0 takes the whole forget set, and for retain as
             many as for forget.
@@ -66,6 +71,8 @@ class UnlearnOptions:
     penalty_weight: float = 1e-3
     penalty_share: float | None = None
     target: str = "prob"
+    engine: str = ONE_BACKWARD
+    update_in_backward: bool = False
     max_steps: int = 100
     forget_batch: int = 0
     retain_batch: int = 0
@@ -82,8 +89,10 @@ class UnlearnOptions:
 
     def check(self) -> None:
         """Raise a ValueError for what can be known to be wrong before a model is loaded."""
-        get_method(self.method)
+        method = get_method(self.method)
         check_target(self.target)
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine={self.engine!r} is unknown; expected one of {', '.join(ENGINES)}")
         if (self.facts is None) != (self.forget is not None and self.retain is not None):
             raise ValueError("give either facts, or forget and retain; expected one source of both sets")
         for name in ("max_steps", "accumulate", "evaluate_every", "forget_people", "retain_people", "evaluation_facts"):
@@ -94,6 +103,8 @@ class UnlearnOptions:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 0")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate}; expected a positive number")
+        if self.update_in_backward:
+            check_update_in_backward(method, self.accumulate)
 
 
 def unlearn(
@@ -122,7 +133,7 @@ def unlearn(
     set_seed(options.seed)
     model, tokenizer = load_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     prompts = PromptFormat(tokenizer, options.shots)
-    with sk.patch(model, scope="all") as handle:
+    with sk.patch(model, scope="all", engine=options.engine) as handle:
         if resume and (run.path / "split.json").is_file():
             chosen = run.split()
         elif options.known_probability is not None and split is None:
@@ -155,7 +166,7 @@ def choose_split(options: UnlearnOptions) -> Split:
 def _config(options: UnlearnOptions) -> dict:
     config = asdict(options)
     if not get_method(options.method).penalised:
-        config |= {"penalty_weight": None, "penalty_share": None, "target": None}
+        config |= {"penalty_weight": None, "penalty_share": None, "target": None, "engine": None}
     return config
 
 
@@ -235,7 +246,7 @@ def _train(
 
 
 def _optimizer_options(options: UnlearnOptions) -> OptimizerOptions:
-    return OptimizerOptions(options.learning_rate, options.weight_decay, options.penalty_weight, options.penalty_share)
+    return OptimizerOptions(**{field.name: getattr(options, field.name) for field in fields(OptimizerOptions)})
 
 
 def _sample(facts: Sequence[Fact], number: int, seed: int) -> list[Fact]:

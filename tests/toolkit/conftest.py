@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ssiuu.facts import Fact
 from ssiuu.prompts import EXAMPLES
+from ssiuu.unlearn import UnlearnOptions
 
 PEOPLE = ("ann", "bob", "cid", "dee", "eve", "fay")
 TOWNS = ("rome", "oslo", "lima")
@@ -72,3 +73,12 @@ def loaded(model_dir):
     from ssiuu.models import load_model
 
     return load_model(model_dir)
+
+
+@pytest.fixture
+def options(model_dir, facts_file):
+    """Six steps of unlearning that no threshold ends."""
+    return UnlearnOptions(
+        model=str(model_dir), facts=str(facts_file), forget_people=2, retain_people=3, shots=0, max_steps=6,
+        learning_rate=1e-3, penalty_share=0.3, penalty_weight=1.0, threshold=-1.0, save_every=2, evaluate_every=3,
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from ssiuu.cli import app
@@ -21,6 +22,11 @@ def test_help_has_an_example(command):
     assert "Example" in result.output or command == "env"
 
 
+def test_the_help_of_unlearn_names_its_options():
+    command = typer.main.get_command(app).commands["unlearn"]
+    assert {"--engine", "--update-in-backward"} <= {name for option in command.params for name in option.opts}
+
+
 def test_env():
     assert "backend native: " in run("env").output
 
@@ -35,7 +41,8 @@ def test_one_run_through_all_commands(model_dir, facts_file, tmp_path):
     folder = tmp_path / "run"
     steps = [
         ("unlearn", "--model", model_dir, "--facts", facts_file, "--forget-people", 2, "--retain-people", 3,
-         "--shots", 0, "--max-steps", 3, "--learning-rate", 1e-3, "--penalty-share", 0.3, "--out", folder),
+         "--shots", 0, "--max-steps", 3, "--learning-rate", 1e-3, "--penalty-share", 0.3,
+         "--engine", "two-backward", "--update-in-backward", "--out", folder),
         ("attack", folder, "--kind", "harmful", "--fraction", 0.3, "--learning-rate", 1e-3, "--steps", 2),
         ("diagnose", folder),
         ("evaluate", folder),
@@ -45,4 +52,6 @@ def test_one_run_through_all_commands(model_dir, facts_file, tmp_path):
         result = run(*step)
         assert result.exit_code == 0, result.output
     assert "<html" in (tmp_path / "report" / "report.html").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["engine"], config["update_in_backward"]) == ("two-backward", True)
     assert json.loads((folder / "diagnosis.json").read_text())["sum"].keys() == {"d_plus", "d_minus"}

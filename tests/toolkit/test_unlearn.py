@@ -10,26 +10,11 @@ from safetensors.torch import load_file
 
 from ssiuu import unlearn as unlearn_module
 from ssiuu.prompts import PromptFormat
+from ssiuu.recorder import DivergedError, StepRecord
 from ssiuu.runs import Run
-from ssiuu.trainer import DivergedError, RecordedTrainer, Schedule, StepRecord, UnlearnTrainer, training_arguments
-from ssiuu.unlearn import UnlearnOptions, unlearn
-
-
-@pytest.fixture
-def options(model_dir, facts_file):
-    """Six steps that no threshold ends."""
-    return UnlearnOptions(
-        model=str(model_dir), facts=str(facts_file), forget_people=2, retain_people=3, shots=0, max_steps=6,
-        learning_rate=1e-3, penalty_share=0.3, penalty_weight=1.0, threshold=-1.0, save_every=2, evaluate_every=3,
-    )  # fmt: skip
-
-
-def weights(run):
-    return load_file(run.model / "model.safetensors")
-
-
-def lines(run):
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+from ssiuu.trainer import RecordedTrainer, Schedule, UnlearnTrainer, training_arguments
+from ssiuu.unlearn import unlearn
+from tests.toolkit.small_runs import KilledError, kill_after, lines, reproducible, weights
 
 
 @pytest.mark.parametrize("method", ["gd", "ssiuu"])
@@ -60,22 +45,6 @@ def test_without_weight_the_penalty_changes_nothing(options, tmp_path):
     assert all(torch.allclose(gd[name], zero[name], rtol=1e-4, atol=1e-6) for name in gd)
 
 
-class KilledError(Exception):
-    """What a killed process looks like from inside."""
-
-
-def kill_after(monkeypatch, step):
-    """Break the run off once `step` was recorded, before any checkpoint of that step."""
-    append = Run.append_metrics
-
-    def append_and_die(run, line):
-        append(run, line)
-        if line["step"] == step:
-            raise KilledError
-
-    monkeypatch.setattr(Run, "append_metrics", append_and_die)
-
-
 @pytest.mark.parametrize("method", ["gd", "ssiuu"])
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
 def test_a_killed_run_resumes_bit_for_bit(options, tmp_path, monkeypatch, step, method):
@@ -88,8 +57,7 @@ def test_a_killed_run_resumes_bit_for_bit(options, tmp_path, monkeypatch, step, 
     resumed = unlearn(options, tmp_path / "killed", resume=True)
     expected, actual = weights(whole), weights(resumed)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    drop_time = [{name: value for name, value in line.items() if name != "seconds"} for line in lines(resumed)]
-    assert drop_time == [{n: v for n, v in line.items() if n != "seconds"} for line in lines(whole)]
+    assert reproducible(resumed) == reproducible(whole)
 
 
 def test_a_run_killed_after_its_last_step_resumes_bit_for_bit(options, tmp_path, monkeypatch):
@@ -122,6 +90,23 @@ def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
     run = Run(tmp_path / "run")
     assert run.last_checkpoint().name == "checkpoint-4"
     assert all(tensor.isfinite().all() for tensor in load_file(run.last_checkpoint() / "model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "gd"}, {}, {"update_in_backward": True}], ids=["gd", "ssiuu", "in backward"]
+)
+def test_a_gradient_that_is_no_number_reaches_no_checkpoint(options, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr("ssiuu_kernels.update_in_backward.WAITING", 100)
+    compute = UnlearnTrainer.compute_loss
+
+    def diverge(trainer, *args, **kwargs):
+        loss = compute(trainer, *args, **kwargs)
+        return loss + (0 * loss).sqrt() if trainer.state.global_step == 4 else loss  # finite, with a slope of 0 * inf
+
+    monkeypatch.setattr(UnlearnTrainer, "compute_loss", diverge)
+    with pytest.raises(DivergedError, match="the gradient's norm is nan at step 5"):
+        unlearn(replace(options, save_every=1, **changes), tmp_path / "run")
+    assert Run(tmp_path / "run").last_checkpoint().name == "checkpoint-4"
 
 
 def test_a_penalty_that_overflows_reaches_no_checkpoint(options, tmp_path):
@@ -176,6 +161,17 @@ def test_resuming_with_other_options_is_refused(options, tmp_path, monkeypatch):
         unlearn(replace(options, learning_rate=0.1), tmp_path / "run", resume=True)
 
 
+def test_a_run_of_a_version_without_an_option_is_resumed_with_it(options, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        kill_after(patched, 3)
+        with pytest.raises(KilledError):
+            unlearn(options, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    before = run.read("config.json")
+    run.write("config.json", {name: value for name, value in before.items() if name != "engine"})
+    assert unlearn(options, tmp_path / "run", resume=True).read("config.json")["status"] == "complete"
+
+
 def test_resuming_a_finished_run_is_refused(options, tmp_path):
     unlearn(replace(options, max_steps=1), tmp_path / "run")
     with pytest.raises(ValueError, match="nothing to resume"):
@@ -185,6 +181,15 @@ def test_resuming_a_finished_run_is_refused(options, tmp_path):
 BAD = {
     "unknown method": ("method='simnpo'", {"method": "simnpo"}),
     "unknown target": ("target='loss'", {"target": "loss"}),
+    "unknown engine": ("engine='no-backward' is unknown; expected one of one-backward", {"engine": "no-backward"}),
+    "update in backward of a sum": (
+        r"update_in_backward=True with accumulate=2 .* a larger --forget-batch with --gradient-checkpointing",
+        {"update_in_backward": True, "accumulate": 2},
+    ),
+    "update in backward without a penalty": (
+        "update_in_backward=True with method='gd'.* expected one of ssiuu",
+        {"update_in_backward": True, "method": "gd"},
+    ),
     "no steps": ("max_steps=0", {"max_steps": 0}),
     "negative learning rate": ("learning_rate=-1", {"learning_rate": -1.0}),
     "facts and forget": ("either facts, or forget and retain", {"forget": "a.jsonl", "retain": "b.jsonl"}),

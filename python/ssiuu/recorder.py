@@ -1,0 +1,111 @@
+"""What every optimizer step leaves behind: its line, its checks and its warning."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+
+if TYPE_CHECKING:
+    from .trainer import RecordedTrainer
+
+logger = logging.getLogger(__name__)
+
+MINUTE_SHARE = 1e-3  # below it the penalty outweighs the loss in next to no parameter
+NORMS = {"loss_grad_norm": "the gradient's norm", "penalty_grad_norm": "the penalty's gradient norm"}
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what getrusage counts in
+
+
+class DivergedError(ValueError):
+    """Training met a loss or a gradient that is no number."""
+
+
+class StepRecord(NamedTuple):
+    """Hooks of a run.
+
+    Attributes:
+        write: receives the line of every step: "step", "seconds" (evaluation left out), "tokens_per_second" (of all
+            micro-batches, padding left out), "peak_memory_bytes" (`peak_memory`), "loss", "loss_grad_norm"; of
+            unlearning also "engine" (which made the gradients: one-backward, two-backward, or plain without a
+            penalty); of a penalised method also "penalty", "penalty_grad_norm", "share" and "lambda".
+        evaluate: returns scores of the model as it is; called every `evaluate_every` steps, and merged into the line.
+        evaluate_every: in optimizer steps.
+        stop: whether these scores end the run.
+    """
+
+    write: Callable[[dict], None]
+    evaluate: Callable[[PreTrainedModel], dict[str, float]]
+    evaluate_every: int
+    stop: Callable[[dict[str, float]], bool] = lambda _: False
+
+
+def check_finite(name: str, value: float, step: int) -> None:
+    """Raise `DivergedError` if this value of this step is no finite number."""
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"{name} is {value} at step {step}; stopped before a checkpoint took it in: use a lower learning rate or "
+            "penalty weight"
+        )
+
+
+def peak_memory() -> int:
+    """Bytes: on a GPU the most that torch had allocated since the step began, on the CPU the largest resident size
+    that the process has had since it began."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+
+class Recorder(TrainerCallback):
+    """Measures and records every optimizer step, evaluates, and stops."""
+
+    def __init__(self, trainer: RecordedTrainer, record: StepRecord):
+        self.trainer, self.record, self.warned = trainer, record, False
+
+    def on_step_begin(self, args, state, control, **_):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.start, self.trainer.step_loss, self.trainer.step_tokens = time.perf_counter(), 0.0, 0
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        self.gradients = self.trainer.gradient_metrics()
+
+    def on_step_end(self, args, state, control, **_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the update is part of the step
+        seconds = time.perf_counter() - self.start
+        line = {
+            "step": state.global_step,
+            "seconds": seconds,
+            "tokens_per_second": self.trainer.step_tokens / seconds,
+            "peak_memory_bytes": peak_memory(),
+            "loss": self.trainer.step_loss,
+            **self.gradients,
+            **self.trainer.optimizer_metrics(),
+        }
+        for key, name in NORMS.items():  # known once a fused step is done; its weights are in no checkpoint yet
+            check_finite(name, line.get(key, 0.0), line["step"])
+        self._warn_of_idle_penalty(line)
+        if state.global_step % self.record.evaluate_every == 0 or state.global_step == args.max_steps:
+            scores = self.record.evaluate(self.trainer.model)
+            line |= scores
+            control.should_training_stop |= self.record.stop(scores)
+        self.record.write(line)
+
+    def _warn_of_idle_penalty(self, line: dict) -> None:
+        # A steered lambda is still on its way in the first steps.
+        if self.warned or line["step"] < 5 or line.get("share", 1) >= MINUTE_SHARE:
+            return
+        self.warned = True
+        logger.warning(
+            "the penalty outweighs the loss in a share of %.1e of the parameters of negative attribution: it does next "
+            "to nothing. --penalty-share 0.25, for one, steers lambda to where it does",
+            line["share"],
+        )

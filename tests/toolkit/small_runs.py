@@ -1,0 +1,38 @@
+"""Reading runs on the tiny model, and breaking them off."""
+
+import json
+
+from safetensors.torch import load_file
+
+from ssiuu.runs import Run
+
+OF_THE_MACHINE = ("seconds", "tokens_per_second", "peak_memory_bytes")
+
+
+def weights(run):
+    return load_file(run.model / "model.safetensors")
+
+
+def lines(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def reproducible(run):
+    """The lines without what no two runs have in common."""
+    return [{name: value for name, value in line.items() if name not in OF_THE_MACHINE} for line in lines(run)]
+
+
+class KilledError(Exception):
+    """What a killed process looks like from inside."""
+
+
+def kill_after(monkeypatch, step):
+    """Break the run off once `step` was recorded, before any checkpoint of that step."""
+    append = Run.append_metrics
+
+    def append_and_die(run, line):
+        append(run, line)
+        if line["step"] == step:
+            raise KilledError
+
+    monkeypatch.setattr(Run, "append_metrics", append_and_die)
