@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format build demo gpu clean
+.PHONY: help test lint format build demo gpu gpu-step clean
 
 help:
 	@echo "make test    set up, build, lint, run the tests"
 	@echo "make demo    set up, build, run the demonstration: unlearn, attack, diagnose, report"
 	@echo "make gpu     on a machine with a GPU: build into its Python, test, sanitize, benchmark"
+	@echo "make gpu-step  training steps and memory on a GPU, after make gpu; each of its commands in under ten minutes"
 	@echo "make build   set up and build the native module"
 	@echo "make lint    ruff and clang-format, checking only; make format rewrites"
 	@echo "make clean   remove everything that the other targets made"
@@ -30,6 +31,13 @@ gpu:
 	  for tool in memcheck racecheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m "gpu and sanitizer" || exit 1; done'
 	$(PYTHON) -m benchmarks --suite glu scores penalty attribution --runs 10
+
+# One shape a command, each with a record of its own.
+gpu-step:
+	for shape in Llama-3.2-3B Llama-3.2-1B Llama-3.1-8B; do \
+	  $(PYTHON) -m benchmarks --suite step --case $$shape --runs 6 \
+	    --out benchmarks/results/gpu-step-$$shape.json || exit 1; done
+	$(PYTHON) -m benchmarks --suite memory --out benchmarks/results/gpu-memory.json
 
 build: $(VENV)/.built
 

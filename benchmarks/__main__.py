@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from .cases import Case
 from .device import DEVICE
-from .gate import errors
 from .plot import write_docs
-from .record import Row, make_row, make_table, missing_rows, provenance, write_json
+from .record import Row, make_table, provenance, write_json
+from .running import run_case
 from .suites import SUITES
-from .timing import copy_bandwidth, peak_bytes, time_case
+from .timing import copy_bandwidth
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -28,7 +27,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("command", nargs="?", choices=["run", "plot"], default="run")
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="default: all")
-    parser.add_argument("--runs", type=int, default=15, help="timed runs of each candidate (default 15)")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases with this in their names")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=15,
+        help="timed runs of each candidate (default 15; of training steps no more than 6)",
+    )
     out = RESULTS / ("gpu.json" if DEVICE.type == "cuda" else "cpu.json")
     parser.add_argument("--out", type=Path, default=out, help="JSON record (default %(default)s)")
     arguments = parser.parse_args()
@@ -43,6 +48,8 @@ def main() -> int:
     rows: list[Row] = []
     for suite in arguments.suite:
         for case in SUITES[suite]():
+            if arguments.case not in case.name:
+                continue
             with console.status(f"{case.suite}: {case.name}"):
                 rows += run_case(case, arguments.runs, copy)
             write_json(arguments.out, rows, copy, facts)  # a run that is cut short keeps what it has
@@ -50,19 +57,6 @@ def main() -> int:
     console.print(make_table(rows, copy))
     console.print(f"wrote {arguments.out}")
     return 1 if any(row["passed"] is False for row in rows) else 0
-
-
-def run_case(case: Case, runs: int, copy: float) -> list[Row]:
-    """The rows of one case: gate first, then times of those that passed it."""
-    found = errors(case)
-    passed = [name for name, error in found.items() if error <= case.tolerance]
-    times = time_case(case, passed, runs)
-    ours = times.get(next(iter(case.candidates)))
-    rows = [
-        make_row(case, name, error, times.get(name), ours, copy, peak_bytes(case, name) if name in times else None)
-        for name, error in found.items()
-    ]
-    return rows + missing_rows(case)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a suite hands to the harness: one operation on one shape, and who computes it."""
+"""What a suite hands to the harness: an operation or a training step on one shape, and who computes it."""
 
 from __future__ import annotations
 
@@ -39,3 +39,51 @@ class Case:
     inputs_per_run: int = 1
     tokens: int | None = None
     missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One training step, of candidates that have a state of their own.
+
+    Attributes:
+        suite, name: where the row stands and what it says.
+        candidates: name -> builds the candidate with its state, and returns its step. The first is ours.
+        errors: the gate: name -> error.
+        tolerance: the largest that is right.
+        tokens: tokens that one step serves.
+        weight_bytes: of the model.
+    """
+
+    suite: str
+    name: str
+    candidates: dict[str, Callable[[], Callable[[], None]]]
+    errors: Callable[[], dict[str, float]]
+    tolerance: float
+    tokens: int
+    weight_bytes: int
+    moved_bytes: None = None  # of a whole step, none is stated
+
+
+@dataclass(frozen=True)
+class BudgetCase:
+    """The most layers with which a training step fits into a budget of memory.
+
+    Attributes:
+        suite, name, errors, tolerance: as in `StepCase`.
+        candidates: name -> from a number of layers, builds the candidate with its state, and returns its step.
+        budget: bytes.
+        too_many: layers that do not fit, for certain.
+        parameters: those of a model of so many layers.
+    """
+
+    suite: str
+    name: str
+    candidates: dict[str, Callable[[int], Callable[[], None]]]
+    errors: Callable[[], dict[str, float]]
+    tolerance: float
+    budget: int
+    too_many: int
+    parameters: Callable[[int], int]
+
+
+AnyCase = Case | StepCase | BudgetCase

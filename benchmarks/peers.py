@@ -100,22 +100,39 @@ def penalty_then_fused_adamw(weight: float, step: int, options: dict) -> Candida
     return run
 
 
+def penalised_adamw_(
+    param,
+    grad,
+    target_grad,
+    prev_attribution,
+    exp_avg,
+    exp_avg_sq,
+    *,
+    weight,
+    bias1,
+    bias2,
+    lr,
+    betas,
+    eps,
+    weight_decay,
+) -> None:
+    """Penalty and AdamW elementwise and in place, in float32; `bias1` and `bias2` are `1 - beta**step`."""
+    beta1, beta2 = betas
+    total, attribution = penalised(param.float(), grad.float(), target_grad.float(), prev_attribution, weight)
+    mean = exp_avg.float().lerp(total, 1 - beta1)
+    square = beta2 * exp_avg_sq.float() + (1 - beta2) * total * total
+    new = param.float() * (1 - lr * weight_decay) - lr / bias1 * mean / ((square / bias2).sqrt() + eps)
+    for target, value in ((param, new), (prev_attribution, attribution), (exp_avg, mean), (exp_avg_sq, square)):
+        target.copy_(value)
+
+
 def compiled_penalty_adamw(weight: float, step: int, options: dict) -> Candidate:
     """Penalty and AdamW elementwise, in one compiled function."""
-    (beta1, beta2), lr = options["betas"], options["lr"]
-
-    @compiled
-    def update(param, grad, target_grad, prev_attribution, exp_avg, exp_avg_sq):
-        total, attribution = penalised(param.float(), grad.float(), target_grad.float(), prev_attribution, weight)
-        mean = exp_avg.float().lerp(total, 1 - beta1)
-        square = beta2 * exp_avg_sq.float() + (1 - beta2) * total * total
-        denominator = square.sqrt() / (1 - beta2**step) ** 0.5 + options["eps"]
-        new = param.float() * (1 - lr * options["weight_decay"]) - lr / (1 - beta1**step) * mean / denominator
-        for target, value in ((param, new), (prev_attribution, attribution), (exp_avg, mean), (exp_avg_sq, square)):
-            target.copy_(value)
+    kernel = compiled(penalised_adamw_)
+    bias1, bias2 = (1 - beta**step for beta in options["betas"])
 
     def run(inputs: Tensors) -> Tensors:
-        update(**inputs)
+        kernel(**inputs, weight=weight, bias1=bias1, bias2=bias2, **options)
         return {name: inputs[name] for name in ("param", "prev_attribution", "exp_avg", "exp_avg_sq")}
 
     return run

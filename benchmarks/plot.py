@@ -13,6 +13,14 @@ import matplotlib.pyplot as plt
 from .record import HEADINGS, Row, cells
 
 OURS, PEER = "#1f6f8b", "#b9c3c9"
+# What a table does not say of itself.
+NOTES = {
+    "step": (
+        "From a batch to new weights. Algorithm 1 is written in two ways, forget and retain samples in one forward or\n"
+        "in one each; the faster of the two is the one to compare with. MB is the peak of the step, weights included.\n"
+    ),
+    "memory": "The most layers with which a training step fits into the budget that the case names.\n",
+}
 
 
 def write_docs(results: Path, docs: Path) -> list[Path]:
@@ -49,6 +57,8 @@ def render(records: dict[str, dict]) -> str:
         )
         for suite in _suites(record):
             parts.append(f"### {suite}\n")
+            if suite in NOTES:
+                parts.append(NOTES[suite])
             parts.append(f"![{suite} on {device}](benchmarks/{device}-{suite}.png)\n")
             parts.append(_table([row for row in record["rows"] if row["suite"] == suite]))
     return "\n".join(parts)
@@ -65,22 +75,27 @@ def _table(rows: list[Row]) -> str:
 
 
 def _draw(rows: list[Row], path: Path) -> None:
-    """Each case's candidates as bars of time over ours, the ratio written beside."""
+    """Each case's candidates as bars of time over ours or of what fits, the number written beside."""
+    budget = any("parameters" in row for row in rows)
+    key, unit = ("parameters", 1e6) if budget else ("times_ours", 1)
     cases = list(dict.fromkeys(row["case"] for row in rows))
     height = 0.6 + 0.26 * len(rows) + 0.3 * len(cases)
     figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
     position, ticks = 0.0, []
     for case in cases:
         axes.text(0, position - 0.75, case, fontsize=8, fontweight="bold", va="center")
-        for index, row in enumerate(r for r in rows if r["case"] == case and r["times_ours"] is not None):
-            axes.barh(position, row["times_ours"], color=PEER if index else OURS, height=0.75)
-            axes.text(row["times_ours"], position, f" {row['times_ours']:.2f}", fontsize=8, va="center")
+        for index, row in enumerate(r for r in rows if r["case"] == case and r[key] is not None):
+            value = row[key] / unit
+            ours = index == 0 or row["candidate"].startswith("ssiuu")
+            axes.barh(position, value, color=OURS if ours else PEER, height=0.75)
+            axes.text(value, position, f" {value:.{0 if budget else 2}f}", fontsize=8, va="center")
             ticks.append((position, row["candidate"]))
             position += 1
         position += 1.3
     axes.set_yticks([tick for tick, _ in ticks], [name for _, name in ticks], fontsize=8)
     axes.set_ylim(position - 1.3, -1.3)
-    axes.set_xlabel("time over ours (longer is slower)", fontsize=8)
+    label = "millions of parameters that fit (longer is more)" if budget else "time over ours (longer is slower)"
+    axes.set_xlabel(label, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ssiuu_kernels.env import environment
 
-from .cases import Case
+from .cases import AnyCase
 from .timing import Times
 
 Row = dict
@@ -25,7 +25,7 @@ def provenance() -> dict[str, str]:
 
 
 def make_row(
-    case: Case,
+    case: AnyCase,
     candidate: str,
     error: float,
     times: Times | None,
@@ -42,7 +42,7 @@ def make_row(
         copy: copy bandwidth of this run, bytes per second.
         peak: bytes above the inputs; None where not known.
     """
-    row = {"suite": case.suite, "case": case.name, "candidate": candidate, "error": error, "passed": times is not None}
+    row = gate_row(case, candidate, error, passed=times is not None)
     if times is None:
         return row
     row |= {"median_ms": times.median, "p20_ms": times.p20, "p80_ms": times.p80, "peak_bytes": peak}
@@ -55,12 +55,14 @@ def make_row(
     return row
 
 
-def missing_rows(case: Case) -> list[Row]:
-    """A row for each peer that could not take part, with the reason."""
-    return [
-        {"suite": case.suite, "case": case.name, "candidate": name, "missing": reason, "passed": None}
-        for name, reason in case.missing.items()
-    ]
+def gate_row(case: AnyCase, candidate: str, error: float, *, passed: bool) -> Row:
+    """What every row says of a candidate that was checked."""
+    return {"suite": case.suite, "case": case.name, "candidate": candidate, "error": error, "passed": passed}
+
+
+def missing_row(case: AnyCase, candidate: str, reason: str) -> Row:
+    """The row of a candidate that could not take part."""
+    return {"suite": case.suite, "case": case.name, "candidate": candidate, "missing": reason, "passed": None}
 
 
 def write_json(path: Path, rows: list[Row], copy: float, facts: dict[str, str]) -> None:
@@ -82,6 +84,9 @@ def cells(row: Row) -> list[str]:
         return [*name, row["missing"], *[""] * 5]
     if not row["passed"]:
         return [*name, "wrong result, not timed", *[""] * 4, f"{row['error']:.1e}"]
+    if "layers" in row:
+        fits = f"{row['layers']} layers, {row['parameters'] / 1e6:,.0f} M parameters"
+        return [*name, "", fits, "", "", f"{row['peak_bytes'] / 1e6:.0f}", f"{row['error']:.1e}"]
     if "tokens_per_s" in row:
         rate, share = f"{row['tokens_per_s']:,.0f} tokens/s", ""
     else:

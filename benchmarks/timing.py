@@ -21,23 +21,23 @@ class Times(NamedTuple):
     p80: float
 
 
-def summarise(milliseconds: list[float]) -> Times:
-    """Median and percentiles of at least two runs."""
-    tenths = statistics.quantiles(milliseconds, n=10, method="inclusive")
-    return Times(statistics.median(milliseconds), tenths[1], tenths[7])
+def summarise(runs: list[float]) -> Times:
+    """Median and percentiles of the milliseconds of at least two runs."""
+    tenths = statistics.quantiles(runs, n=10, method="inclusive")
+    return Times(statistics.median(runs), tenths[1], tenths[7])
 
 
 def time_case(case: Case, candidates: list[str], runs: int) -> dict[str, Times]:
     """Every candidate's times. They take turns, A B A B, since the machine's speed drifts; two warm-up rounds first."""
     pool = [case.inputs() for _ in range(case.inputs_per_run)]
-    milliseconds: dict[str, list[float]] = {name: [] for name in candidates}
+    found: dict[str, list[float]] = {name: [] for name in candidates}
     for run in range(runs + 2):
         for name in candidates:
             inputs = pool[run % len(pool)]
-            elapsed = _milliseconds(lambda name=name, inputs=inputs: case.candidates[name](inputs))
+            elapsed = milliseconds(lambda name=name, inputs=inputs: case.candidates[name](inputs))
             if run >= 2:
-                milliseconds[name].append(elapsed)
-    return {name: summarise(found) for name, found in milliseconds.items()}
+                found[name].append(elapsed)
+    return {name: summarise(times) for name, times in found.items()}
 
 
 def peak_bytes(case: Case, candidate: str) -> int | None:
@@ -57,11 +57,12 @@ def peak_bytes(case: Case, candidate: str) -> int | None:
 def copy_bandwidth(size: int = 1 << 28, runs: int = 10) -> float:
     """Bytes per second that a plain copy of `size` bytes reads and writes together, median of `runs`."""
     source, target = (torch.rand(size // 4, device=DEVICE) for _ in range(2))
-    found = [_milliseconds(lambda: target.copy_(source)) for _ in range(runs + 2)][2:]
+    found = [milliseconds(lambda: target.copy_(source)) for _ in range(runs + 2)][2:]
     return 2 * size / (statistics.median(found) * 1e-3)
 
 
-def _milliseconds(function: Callable[[], object]) -> float:
+def milliseconds(function: Callable[[], object]) -> float:
+    """Of one call, the device's work included."""
     if not ON_GPU:
         start = time.perf_counter()
         function()

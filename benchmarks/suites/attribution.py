@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 import ssiuu_kernels as sk
@@ -15,14 +14,9 @@ import ssiuu_kernels as sk
 from .. import peers
 from ..cases import Candidate, Case, Tensors
 from ..device import DEVICE, ON_GPU
+from ..models import LLAMA_SHAPES, Shape, build
 
-# name -> hidden, layers, MLP width, heads, key-value heads, vocabulary; random weights.
-LLAMA_SHAPES = {
-    "Llama-3.2-1B": (2048, 16, 8192, 32, 8, 128256),
-    "Llama-3.2-3B": (3072, 28, 8192, 24, 8, 128256),
-    "Llama-3.1-8B": (4096, 32, 14336, 32, 8, 128256),
-}
-SMALL_SHAPES = {"small Llama": (512, 4, 1536, 8, 4, 8192)}
+SMALL_SHAPES = {"small Llama": Shape(512, 4, 1536, 8, 4, 8192, tied=False)}
 SHAPES = LLAMA_SHAPES if ON_GPU else SMALL_SHAPES
 BATCH = (8, 512) if ON_GPU else (4, 128)
 DTYPE, TOLERANCE = (torch.bfloat16, 5e-2) if ON_GPU else (torch.float32, 1e-4)
@@ -30,12 +24,12 @@ DTYPE, TOLERANCE = (torch.bfloat16, 5e-2) if ON_GPU else (torch.float32, 1e-4)
 
 def cases() -> Iterator[Case]:
     for name, shape in SHAPES.items():
-        model = _model(*shape)
+        model = build(shape, DTYPE).eval().requires_grad_(False)
         yield Case(
             suite="attribution",
             name=f"{name} {'x'.join(map(str, BATCH))} {str(DTYPE).removeprefix('torch.')}",
             moved_bytes=None,
-            inputs=partial(_batch, shape[-1]),
+            inputs=partial(_batch, shape.vocabulary),
             candidates={
                 "ssiuu": partial(_ours, model),
                 "plain backward": partial(_plain_backward, model),
@@ -48,16 +42,6 @@ def cases() -> Iterator[Case]:
             tokens=BATCH[0] * BATCH[1],
             missing={} if _captum(model) else {"captum": "captum is not installed"},
         )
-
-
-def _model(hidden: int, layers: int, width: int, heads: int, key_value_heads: int, vocabulary: int) -> nn.Module:
-    config = transformers.LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, intermediate_size=width, num_attention_heads=heads,
-        num_key_value_heads=key_value_heads, vocab_size=vocabulary,
-    )  # fmt: skip
-    with DEVICE:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE)
-    return model.eval().requires_grad_(False)
 
 
 def _batch(vocabulary: int) -> Tensors:
