@@ -9,8 +9,10 @@ namespace ssiuu::cpu {
 void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 1 << 12;
-  constexpr int64_t kHugePage = 1 << 21;
-  if (bytes < 2 * kHugePage) return;  // what is smaller is recycled by the C library, and need not hold a whole one
+  // glibc never gives back to the system, between two uses, what is smaller than this. On recycled memory the advice
+  // only sends the kernel to look for huge pages: 9.9 ms instead of 3.3 for glu_backward of 1024 x 1536 in a model.
+  constexpr int64_t kAlwaysFresh = int64_t{32} << 20;
+  if (bytes < kAlwaysFresh) return;
   const auto address = reinterpret_cast<uintptr_t>(begin);
   const uintptr_t first = (address + kPage - 1) / kPage * kPage;
   const uintptr_t last = (address + static_cast<uintptr_t>(bytes)) / kPage * kPage;

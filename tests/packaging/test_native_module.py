@@ -100,7 +100,7 @@ def test_hidden_backward_does_not_depend_on_the_thread_count():
 
 def test_outputs_of_several_huge_pages():
     """Where huge pages are asked for: the memory of a fresh output, and of nothing else."""
-    rows, cols = 1100, 1024
+    rows, cols = 1100, 8192  # over 32 MB
     gate, up, grad_h = torch.randn(3, rows, cols)
     around = torch.full((rows * cols + 2000,), 7.0)
     h = around[1000:-1000]
