@@ -65,7 +65,6 @@ def unlearning_loss(
     for batch in batches:
         if not batch.logits.requires_grad:
             raise ValueError("logits carry no gradient; call the model with gradients on and trainable parameters")
-        refuse_reentrant_checkpointing(batch.logits)
     reason = "engine='two-backward' was asked for"
     if engine == ONE_BACKWARD:
         parts = _parts(batches, forget)
@@ -81,6 +80,8 @@ def unlearning_loss(
                     "that require a gradient); detach them, or use ssiuu_kernels.patch(..., engine='two-backward')"
                 )
             return value, GradientPath(ONE_BACKWARD, "every trainable parameter in the graph is used row by row")
+    for batch in batches:
+        refuse_reentrant_checkpointing(batch.logits)
     log_probs = _log_probs(batches)
     factor = _target_weights(log_probs, lengths, forget, target)
     log_probs = _TargetGradient.apply(log_probs, _Graph(log_probs, factor, params))

@@ -36,12 +36,18 @@ class OneBackward:
         """Fill `grad` and `target_grad`, `weights` `[N]` being the derivatives of the loss by the log-likelihoods.
 
         Raises:
-            RuntimeError: a second call, or a parameter edited since the forward; nothing is changed then.
+            RuntimeError: a second call, a later loss on the same forward, or a parameter edited since the forward;
+                nothing is changed then.
         """
         if self._parts is None:
             raise RuntimeError(
                 "backward was called a second time on one unlearning loss, whose gradients are in grad and target_grad "
                 "already; call unlearning_loss again for another"
+            )
+        if any(part.weights.superseded for part in self._parts):
+            raise RuntimeError(
+                "another unlearning loss was made from the same forward since, and its backward is the one that can "
+                "run; run the model again for a second loss. Nothing was changed"
             )
         self._versions.check()
         parts, self._parts = self._parts, None

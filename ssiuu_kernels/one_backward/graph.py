@@ -65,7 +65,12 @@ class Versions(NamedTuple):
 
 def refuse_reentrant_checkpointing(logits: Tensor) -> None:
     """Raise a ValueError where a reentrant checkpoint hides the graph: it runs a backward of its own inside."""
-    if any(node.name() == REENTRANT for node in _nodes(logits)):
+    for node in _nodes(logits):
+        _refuse_reentrant_checkpoint(node)
+
+
+def _refuse_reentrant_checkpoint(node) -> None:
+    if node.name() == REENTRANT:
         raise ValueError(
             "the model ran with reentrant gradient checkpointing, which hides its parameters from this loss; call "
             "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
@@ -84,12 +89,16 @@ def inspect_graph(
 
     Returns:
         The parameters in the graph with their versions, and the reason, or None.
+
+    Raises:
+        ValueError: as `refuse_reentrant_checkpointing`.
     """
     found, reason = Versions({}, {}), None
     for part in parts:
         for node in _nodes(part.logits):
-            leaves = [leaf.variable for leaf, _ in node.next_functions if hasattr(leaf, "variable")]
             if not _is_ours(node):
+                _refuse_reentrant_checkpoint(node)
+                leaves = [leaf.variable for leaf, _ in node.next_functions if hasattr(leaf, "variable")]
                 for leaf in leaves:
                     name = names.get(id(leaf), f"a tensor of shape {list(leaf.shape)}")
                     reason = reason or f"{name} is used by {node.name()}, which does not tell the samples apart"
@@ -106,6 +115,8 @@ def inspect_graph(
                     f"{_names(node, names)} ran on rows {list(node.lead)}, and it is not known to which of the samples "
                     f"of a batch {list(part.weights.batch)} each belongs"
                 )
+            if node.weights is not None:
+                node.weights.superseded = True
             node.weights, node.targets = part.weights, targets
     return found, reason
 

@@ -45,6 +45,7 @@ class RowWeights:
 
     def __init__(self, labels: Tensor, segments: Tensor | None, answers: Answers, forget: Sequence[bool]):
         self.batch: Lead = tuple(labels.shape)
+        self.superseded = False  # whether a later loss has claimed the same forward
         self.answers = answers
         self._sample = None if segments is None else sample_of_rows(labels, segments)
         chosen = [sample for sample, penalised in enumerate(forget) if penalised]

@@ -340,6 +340,16 @@ def test_a_second_backward():
     assert all(torch.equal(param.grad, grad) for param, grad in zip(model.parameters(), before, strict=True))
 
 
+def test_the_first_of_two_losses_on_one_forward_is_refused():
+    model, _, loss = prepared()
+    first, second = loss(), loss()
+    with pytest.raises(RuntimeError, match="another unlearning loss was made from the same forward since"):
+        first.backward()
+    assert_untouched(model)
+    second.backward()
+    assert all(param.grad is not None for param in model.parameters())
+
+
 def test_weights_edited_between_forward_and_backward():
     model, _, loss = prepared()
     value = loss()
@@ -358,12 +368,13 @@ def test_weights_edited_between_forward_and_loss():
         loss()
 
 
-def test_reentrant_checkpointing_is_refused():
+@pytest.mark.parametrize("engine", ["one-backward", "two-backward"])
+def test_reentrant_checkpointing_is_refused(engine):
     model, batch = tiny_model(), tiny_batch()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
     with pytest.raises(ValueError, match="reentrant gradient checkpointing"):
-        sk.patch(model, scope="all").unlearning_loss(logits_of(model, batch), batch["labels"], FORGET)
+        sk.patch(model, scope="all", engine=engine).unlearning_loss(logits_of(model, batch), batch["labels"], FORGET)
 
 
 @pytest.mark.parametrize(
