@@ -59,7 +59,7 @@ def demo(
 ):
     """Unlearn some people from SmolLM2 with GD and with SSIUU, attack and diagnose both, and write the report.
 
-    Takes within 12 minutes on two CPU cores. An interrupted demo goes on where it stopped.
+    Takes about six minutes on two CPU cores. An interrupted demo goes on where it stopped.
 
     Example: `ssiuu demo --out runs/demo`
     """
