@@ -1,5 +1,5 @@
-// A fresh allocation costs a page fault for each 4 KB that is written for the first time, two thirds of the time of
-// glu_backward of 2048 x 8192 in float32.
+// A fresh allocation costs a page fault for each 4 KB that is written for the first time, which for a large
+// glu_backward is most of its time (benchmarks/NOTES.md, log).
 #pragma once
 
 #include <cstdint>

@@ -12,15 +12,13 @@ namespace ssiuu::cpu {
 // Long enough that combining the pieces' partial scores costs little beside reading the rows.
 constexpr int64_t kMaxBlockRows = 256;
 
-// Columns of one task with scores, at most. A row's part has to span several memory pages: with 512 columns of float32,
-// half a page, glu_backward of 2048 x 8192 took 18.5 ms, with 2048 it took 14.3. With many more the running scores
-// would leave the L2 cache.
+// Columns of one task with scores, at most. A row's part has to span several memory pages: 512 columns of float32 are
+// half a page, which is slower. With many more than 2048 the running scores would leave the L2 cache.
 constexpr int64_t kStripeCols = 2048;
 constexpr int64_t kMinStripeCols = 512;
 constexpr int64_t kEnoughTasks = 32;  // stripes are as wide as they may be if there are so many tasks all the same
 
-// Elements of one task without scores, which takes whole rows: in memory's own order the same backward takes 9.5 ms,
-// and 15.3 in stripes of 512.
+// Elements of one task without scores, which takes whole rows: memory's own order is the fastest.
 constexpr int64_t kSlabSize = 1 << 15;
 constexpr int64_t kWholeRows = int64_t{1} << 40;  // columns of its stripe: more than there are
 

@@ -47,7 +47,7 @@ class RowForwards:
         for hook in self._hooks:
             hook.remove()
         for param, dtype in self._dtypes:
-            param.grad = None  # of another type than the one that is allowed again
+            param.grad = param.target_grad = None  # of another type than the one that is allowed again
             param.grad_dtype = dtype
 
 

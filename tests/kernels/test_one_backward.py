@@ -189,8 +189,10 @@ def test_gradients_add_up_in_float32_on_request():
         for param in model.parameters():
             assert param.grad.dtype == param.target_grad.dtype == torch.float32
         sk.SsiuuAdamW(model.parameters()).step()
-    logits_of(model, batch).sum().backward()
-    assert all(param.grad.dtype == torch.bfloat16 for param in model.parameters())
+        handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET).backward()
+    with sk.patch(model, scope="all") as handle:
+        handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET).backward()
+    assert all(param.grad.dtype == param.target_grad.dtype == torch.bfloat16 for param in model.parameters())
 
 
 def backward_flops(model, batch, forget, target=TARGET, objective="gd"):

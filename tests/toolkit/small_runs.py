@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+import torch
 from safetensors.torch import load_file
 
 from ssiuu.runs import Run
+from ssiuu.unlearn import unlearn
 
 OF_THE_MACHINE = ("seconds", "tokens_per_second", "peak_memory_bytes")
 
@@ -36,3 +39,16 @@ def kill_after(monkeypatch, step):
             raise KilledError
 
     monkeypatch.setattr(Run, "append_metrics", append_and_die)
+
+
+def assert_resumes_bit_for_bit(options, folder, monkeypatch, step):
+    """A run killed after this step and resumed ends as the one that nothing interrupted."""
+    whole = unlearn(options, folder / "whole")
+    with monkeypatch.context() as patched:
+        kill_after(patched, step)
+        with pytest.raises(KilledError):
+            unlearn(options, folder / "killed")
+    resumed = unlearn(options, folder / "killed", resume=True)
+    expected, actual = weights(whole), weights(resumed)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert reproducible(resumed) == reproducible(whole)

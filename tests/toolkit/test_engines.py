@@ -13,7 +13,7 @@ from ssiuu.prompts import PromptFormat
 from ssiuu.recorder import StepRecord
 from ssiuu.trainer import Schedule, UnlearnTrainer, training_arguments
 from ssiuu.unlearn import unlearn
-from tests.toolkit.small_runs import KilledError, kill_after, lines, reproducible, weights
+from tests.toolkit.small_runs import assert_resumes_bit_for_bit, lines, weights
 
 
 @pytest.fixture
@@ -64,15 +64,7 @@ def test_updates_in_backward_free_the_gradients(in_backward, tmp_path, monkeypat
 
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_a_killed_run_with_updates_in_backward_resumes_bit_for_bit(in_backward, tmp_path, monkeypatch, step):
-    whole = unlearn(in_backward, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        kill_after(patched, step)
-        with pytest.raises(KilledError):
-            unlearn(in_backward, tmp_path / "killed")
-    resumed = unlearn(in_backward, tmp_path / "killed", resume=True)
-    expected, actual = weights(whole), weights(resumed)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert reproducible(resumed) == reproducible(whole)
+    assert_resumes_bit_for_bit(in_backward, tmp_path, monkeypatch, step)
 
 
 def test_a_fall_back_to_two_backwards_is_said_once(options, tmp_path, monkeypatch, caplog):

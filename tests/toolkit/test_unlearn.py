@@ -14,7 +14,7 @@ from ssiuu.recorder import DivergedError, StepRecord
 from ssiuu.runs import Run
 from ssiuu.trainer import RecordedTrainer, Schedule, UnlearnTrainer, training_arguments
 from ssiuu.unlearn import unlearn
-from tests.toolkit.small_runs import KilledError, kill_after, lines, reproducible, weights
+from tests.toolkit.small_runs import KilledError, assert_resumes_bit_for_bit, kill_after, lines, weights
 
 
 @pytest.mark.parametrize("method", ["gd", "ssiuu"])
@@ -49,15 +49,7 @@ def test_without_weight_the_penalty_changes_nothing(options, tmp_path):
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
 def test_a_killed_run_resumes_bit_for_bit(options, tmp_path, monkeypatch, step, method):
     options = replace(options, method=method, accumulate=2, forget_batch=2)
-    whole = unlearn(options, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        kill_after(patched, step)
-        with pytest.raises(KilledError):
-            unlearn(options, tmp_path / "killed")
-    resumed = unlearn(options, tmp_path / "killed", resume=True)
-    expected, actual = weights(whole), weights(resumed)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert reproducible(resumed) == reproducible(whole)
+    assert_resumes_bit_for_bit(options, tmp_path, monkeypatch, step)
 
 
 def test_a_run_killed_after_its_last_step_resumes_bit_for_bit(options, tmp_path, monkeypatch):
