@@ -57,6 +57,7 @@ def find_answers(labels: Tensor, segments: Tensor | None = None) -> Answers:
     Raises:
         ValueError: a sample without an answer token, or segments that do not fit.
     """
+    check_labels(labels)
     if segments is not None:
         segments = make_segments(labels, segments)
         check_segment_values(segments, labels.numel())
@@ -101,11 +102,37 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, segments: Tensor | None =
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:
-    """Raise a ValueError where logits and labels do not fit together."""
+    """Raise a ValueError or TypeError where logits and labels are not tensors that fit together."""
+    if not isinstance(logits, Tensor):
+        hint = "; pass its .logits" if hasattr(logits, "logits") else ""
+        raise TypeError(f"logits is a {type(logits).__name__}; expected a tensor [B, S, V]{hint}")
+    check_labels(labels)
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"logits has shape {list(logits.shape)} and labels {list(labels.shape)}; expected [B, S, V] and [B, S]"
         )
+    if not logits.is_floating_point():
+        raise TypeError(f"logits is {logits.dtype}; expected a floating type")
+    if labels.device != logits.device:
+        raise ValueError(f"labels is on {labels.device} and logits on {logits.device}; move them to one device")
+    # On a GPU the values are trusted: cross_entropy reports one out of range there.
+    if not labels.is_cuda and labels.numel():
+        wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= logits.shape[-1]))]
+        if len(wrong):
+            raise ValueError(
+                f"labels has the token {int(wrong[0])}; expected {IGNORE_INDEX}, or 0 to {logits.shape[-1] - 1}: the "
+                "logits have no other tokens"
+            )
+
+
+def check_labels(labels: Tensor) -> None:
+    """Raise a ValueError or TypeError where labels are not an int64 tensor `[B, S]`."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__}; expected an int64 tensor [B, S]")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels is {labels.dtype}; expected int64: convert with labels.long()")
+    if labels.dim() != 2:
+        raise ValueError(f"labels has shape {list(labels.shape)}; expected [B, S]")
 
 
 def answer_log_probs(rows: Tensor, answers: Answers) -> Tensor:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .log_probs import Answers, answer_log_probs, check_logits, check_target, find_answers, target_factor
+from .distributed import refuse_more_processes
+from .log_probs import Answers, answer_log_probs, check_labels, check_logits, check_target, find_answers, target_factor
+from .loss_value import NoteScale, UnlearningLoss
 from .neuron_level import NeuronLevel
 from .objectives import Objective, resolve_objective
 from .one_backward.backward import OneBackward
-from .one_backward.graph import Part, depends_on_more_than, inspect_graph, refuse_reentrant_checkpointing
+from .one_backward.checked import CheckedBackward
+from .one_backward.graph import (
+    Part,
+    claim,
+    depends_on_more_than,
+    follow,
+    refuse_another_model,
+    refuse_reentrant_checkpointing,
+)
 from .one_backward.row_weights import RowWeights
-from .target_grad import add_target_grad
+from .one_backward.targets import Targets
+from .two_backward import TwoBackward
 
-ONE_BACKWARD, TWO_BACKWARD = ENGINES = ("one-backward", "two-backward")
+ONE_BACKWARD, TWO_BACKWARD, CHECKED = ENGINES = ("one-backward", "two-backward", "checked")
 Tensors = Tensor | Sequence[Tensor]
 
 
@@ -49,9 +60,11 @@ def unlearning_loss(
 
     Args:
         params: those that get a `target_grad`.
-        engine: "one-backward" where the graph can take it, or "two-backward".
+        engine: "one-backward" where the graph can take it, "checked" (that, and held against the other), or
+            "two-backward".
         model_params: all of the model's, by name.
     """
+    refuse_more_processes()
     compute = resolve_objective(objective, reference_log_probs)
     batches = _checked_batches(logits, labels, segments, forget)
     lengths = torch.cat([batch.answers.lengths for batch in batches])
@@ -60,32 +73,40 @@ def unlearning_loss(
         value = compute(_log_probs(batches), lengths, forget)
         return _checked_value(value), GradientPath("plain", "no target gradient was asked for")
     check_target(target)
-    targets = frozenset(id(param) for param in params)
-    _refuse_update_in_backward(model_params, targets, "the handle's scope leaves it out")
+    targets, samples = Targets(params), int(forget.sum())
+    _refuse_update_in_backward(model_params, targets.params.keys(), "the handle's scope leaves it out")
     for batch in batches:
-        if not batch.logits.requires_grad:
-            raise ValueError("logits carry no gradient; call the model with gradients on and trainable parameters")
+        _check_gradient(batch.logits)
     reason = "engine='two-backward' was asked for"
-    if engine == ONE_BACKWARD:
+    if engine != TWO_BACKWARD:
+        names = {id(param): name for name, param in model_params.items()}
         parts = _parts(batches, forget)
-        versions, reason = inspect_graph(parts, {id(param): name for name, param in model_params.items()}, targets)
+        graphs, reason = follow(parts, names)
         if reason is None:
+            versions = claim(graphs, parts, names, targets)
+            if not any(param in targets for param in versions.params.values()):
+                refuse_another_model([batch.logits for batch in batches], targets)
             versions.check()
             factor = _target_weights(torch.cat([part.log_probs for part in parts]), lengths, forget, target)
-            leaf = OneBackward(parts, factor, versions).attach()
+            kind = CheckedBackward if engine == CHECKED else OneBackward
+            backward = kind(parts, graphs, factor, samples, versions, targets)
+            leaf = backward.attach()
             value = _checked_value(compute(leaf, lengths, forget))
             if depends_on_more_than(value, leaf):
                 raise ValueError(
                     "the objective depends on more than the samples' log-likelihoods (its graph reaches other tensors "
                     "that require a gradient); detach them, or use ssiuu_kernels.patch(..., engine='two-backward')"
                 )
+            value = NoteScale.apply(value, backward).as_subclass(UnlearningLoss)
             return value, GradientPath(ONE_BACKWARD, "every trainable parameter in the graph is used row by row")
     for batch in batches:
         refuse_reentrant_checkpointing(batch.logits)
+    refuse_another_model([batch.logits for batch in batches], targets)
     log_probs = _log_probs(batches)
     factor = _target_weights(log_probs, lengths, forget, target)
-    log_probs = _TargetGradient.apply(log_probs, _Graph(log_probs, factor, params))
-    return _checked_value(compute(log_probs, lengths, forget)), GradientPath(TWO_BACKWARD, reason)
+    backward = TwoBackward(log_probs, factor, samples, targets)
+    value = _checked_value(compute(backward.attach(), lengths, forget))
+    return NoteScale.apply(value, backward), GradientPath(TWO_BACKWARD, reason)
 
 
 def neuron_level_loss(
@@ -103,8 +124,7 @@ def neuron_level_loss(
     batches = _checked_batches(logits, labels, None, forget)
     log_probs, lengths = _log_probs(batches), batches[0].answers.lengths
     if target is not None:
-        if not log_probs.requires_grad:
-            raise ValueError("logits carry no gradient; call the model with gradients on and trainable parameters")
+        _check_gradient(log_probs)
         _check_sample_ids(sample_ids, forget, neurons.samples)
         weights = _target_weights(log_probs, lengths, forget, target)
         log_probs = neurons.observe(log_probs, weights, sample_ids, labels.shape[1])
@@ -122,23 +142,36 @@ class _Batch(NamedTuple):
 
 def _checked_batches(logits: Tensors, labels: Tensors, segments: Tensors | None, forget: Tensor) -> list[_Batch]:
     """The forwards that make up a loss: one, or several whose samples follow one another in `forget`."""
-    several = not isinstance(logits, Tensor)
+    several = isinstance(logits, Sequence)
     logits, labels = (list(given) if several else [given] for given in (logits, labels))
     segments = [None] * len(logits) if segments is None else list(segments) if several else [segments]
-    if not len(logits) == len(labels) == len(segments):
+    if not len(logits) == len(labels) == len(segments) or not logits:
         raise ValueError(
-            f"{len(logits)} logits, {len(labels)} labels and {len(segments)} segments; expected one each a forward"
+            f"{len(logits)} logits, {len(labels)} labels and {len(segments)} segments; expected one of each per forward"
         )
-    samples = sum(len(part if packed is None else packed) for part, packed in zip(labels, segments, strict=True))
-    if forget.dtype != torch.bool or forget.shape != (samples,):
-        raise ValueError(f"forget is {forget.dtype} {list(forget.shape)}; expected a bool mask [{samples}]")
-    if not bool(forget.any()):
-        raise ValueError("forget marks no sample; expected at least one forget sample in the batch")
-    batches = []
-    for part_logits, part_labels, packed in zip(logits, labels, segments, strict=True):
+    for part_logits, part_labels in zip(logits, labels, strict=True):
         check_logits(part_logits, part_labels)
-        batches.append(_Batch(part_logits, part_labels, packed, find_answers(part_labels, packed)))
-    return batches
+    samples = sum(len(part if packed is None else packed) for part, packed in zip(labels, segments, strict=True))
+    _check_forget(forget, samples, logits[0].device)
+    return [
+        _Batch(part_logits, part_labels, packed, find_answers(part_labels, packed))
+        for part_logits, part_labels, packed in zip(logits, labels, segments, strict=True)
+    ]
+
+
+def _check_forget(forget: Tensor, samples: int, device: torch.device) -> None:
+    if not isinstance(forget, Tensor):
+        raise TypeError(f"forget is a {type(forget).__name__}; expected a bool tensor [{samples}] on {device}")
+    if forget.dtype != torch.bool or forget.shape != (samples,) or forget.device != device:
+        raise ValueError(
+            f"forget is {forget.dtype} {list(forget.shape)} on {forget.device}; expected a bool mask [{samples}] on "
+            f"{device}, true for forget samples"
+        )
+
+
+def _check_gradient(logits: Tensor) -> None:
+    if not logits.requires_grad:
+        raise ValueError("logits carry no gradient; call the model with gradients on and trainable parameters")
 
 
 def _checked_value(value: Tensor) -> Tensor:
@@ -151,7 +184,7 @@ def _checked_value(value: Tensor) -> Tensor:
     return value
 
 
-def _refuse_update_in_backward(model_params: Mapping[str, nn.Parameter], targets: frozenset[int], why: str) -> None:
+def _refuse_update_in_backward(model_params: Mapping[str, nn.Parameter], targets: Collection[int], why: str) -> None:
     """A parameter that is updated in its backward needs both gradients there."""
     for name, param in model_params.items():
         if id(param) not in targets and getattr(param, "updated_in_backward", False):
@@ -198,32 +231,3 @@ def _check_sample_ids(sample_ids: Tensor | None, forget: Tensor, samples: int) -
         raise ValueError(
             f"sample_ids of the forget samples are {ids.tolist()}; expected different numbers from 0 to {samples - 1}"
         )
-
-
-class _Graph:
-    """The log-likelihoods with their graph, hidden from autograd so that `_TargetGradient` can walk it itself."""
-
-    def __init__(self, log_probs: Tensor, weights: Tensor, params: Sequence[nn.Parameter]):
-        self.log_probs, self.weights, self.params = log_probs, weights, params
-
-
-class _TargetGradient(torch.autograd.Function):
-    """The identity; its backward first runs a second backward of `sum_b weights_b s_b` into `param.target_grad`.
-
-    The nested backward's weights do not depend on the gradient that arrives, so scaling the loss scales `dL` alone.
-    """
-
-    @staticmethod
-    def forward(ctx, log_probs: Tensor, graph: _Graph) -> Tensor:
-        ctx.graph = graph
-        return log_probs.view_as(log_probs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_log_probs: Tensor):
-        graph = ctx.graph
-        grads = torch.autograd.grad(graph.log_probs, graph.params, graph.weights, retain_graph=True, allow_unused=True)
-        for param, grad in zip(graph.params, grads, strict=True):
-            if grad is not None:
-                add_target_grad(param, grad)
-        return grad_log_probs, None

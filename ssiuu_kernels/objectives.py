@@ -16,8 +16,8 @@ BETA = 0.1  # of NPO and DPO, as in Zhang et al. 2024 (arXiv 2404.05868)
 
 
 def mean_token_log_prob(log_probs: Tensor, lengths: Tensor, chosen: Tensor) -> Tensor:
-    """Mean log-probability per answer token over the chosen samples: long answers count by their tokens."""
-    return log_probs[chosen].sum() / lengths[chosen].sum()
+    """Mean log-probability per answer token over the chosen samples: long answers count by their tokens. 0 of none."""
+    return log_probs[chosen].sum() / lengths[chosen].sum().clamp(min=1)
 
 
 def gradient_ascent(log_probs: Tensor, lengths: Tensor, forget: Tensor) -> Tensor:
@@ -26,13 +26,7 @@ def gradient_ascent(log_probs: Tensor, lengths: Tensor, forget: Tensor) -> Tenso
 
 
 def gradient_difference(log_probs: Tensor, lengths: Tensor, forget: Tensor) -> Tensor:
-    """GD: GA plus the retain set's negative log-likelihood.
-
-    Raises:
-        ValueError: the batch has no retain sample.
-    """
-    if bool(forget.all()):
-        raise ValueError("forget marks every sample, and objective 'gd' needs retain samples in each batch; add some")
+    """GD: GA plus the retain set's negative log-likelihood. A batch without samples of one of them lacks that term."""
     return gradient_ascent(log_probs, lengths, forget) - mean_token_log_prob(log_probs, lengths, ~forget)
 
 
@@ -42,8 +36,8 @@ def negative_preference(log_probs: Tensor, lengths: Tensor, forget: Tensor, refe
     Retain samples, where the batch has some, add their mean-token negative log-likelihood.
     """
     growth = (log_probs - reference_log_probs)[forget]
-    loss = -2 / BETA * F.logsigmoid(-BETA * growth).mean()
-    return loss if bool(forget.all()) else loss - mean_token_log_prob(log_probs, lengths, ~forget)
+    loss = -2 / BETA * F.logsigmoid(-BETA * growth).sum() / forget.sum().clamp(min=1)
+    return loss - mean_token_log_prob(log_probs, lengths, ~forget)
 
 
 def direct_preference(log_probs: Tensor, lengths: Tensor, forget: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -64,10 +58,10 @@ def direct_preference(log_probs: Tensor, lengths: Tensor, forget: Tensor, refere
             f"forget marks {pairs} of {len(forget)} samples, and objective 'dpo' needs a preferred answer for each of "
             f"them among the others, of which there are {len(others)}; add them in the forget samples' order"
         )
-    loss = -1 / BETA * F.logsigmoid(BETA * (growth[others[:pairs]] - growth[forget])).mean()
+    loss = -1 / BETA * F.logsigmoid(BETA * (growth[others[:pairs]] - growth[forget])).sum() / max(pairs, 1)
     retain = torch.zeros_like(forget)
     retain[others[pairs:]] = True
-    return loss - mean_token_log_prob(log_probs, lengths, retain) if len(others) > pairs else loss
+    return loss - mean_token_log_prob(log_probs, lengths, retain)
 
 
 OBJECTIVES: dict[str, Objective] = {"ga": gradient_ascent, "gd": gradient_difference}

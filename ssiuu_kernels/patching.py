@@ -119,7 +119,7 @@ def patch(
         mlp.patched.forward = MethodType(_FORWARDS[mlp.form], mlp.patched)
     if skipped:
         logger.warning("patched %d MLPs and skipped %d: see handle.skipped", len(found), len(skipped))
-    rows = RowForwards(model, skipped, grad_dtype) if level == "parameter" else None
+    rows = RowForwards(model, grad_dtype) if level == "parameter" else None
     return PatchHandle(model, found, skipped, scope, backend, neurons, engine, rows)
 
 

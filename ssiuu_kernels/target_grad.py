@@ -31,11 +31,16 @@ class TargetGradInfo:
     Attributes:
         samples: forget samples that `target_grad` sums over; 0 where the batches had none, and `target_grad` is None.
         grad_version: the version of `param.grad` after the last of these backwards; None without a `grad`.
-        scaled: whether the loss was multiplied before its backward, as a `GradScaler` does.
+        scale: by which the last loss was multiplied before its backward, 0-dim, on its device.
     """
 
-    def __init__(self, samples: int, grad_version: int | None, scaled: bool):
-        self.samples, self.grad_version, self.scaled = samples, grad_version, scaled
+    def __init__(self, samples: int, grad_version: int | None, scale: Tensor):
+        self.samples, self.grad_version, self.scale = samples, grad_version, scale
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the last loss was multiplied, as a `GradScaler` does. Waits for the device."""
+        return bool(self.scale != 1)
 
 
 def info_of(param: Tensor) -> TargetGradInfo | None:
@@ -56,6 +61,6 @@ def changed_since_backward(params: Iterable[Tensor]) -> bool:
     """
     for param in params:
         info = info_of(param)
-        if info is not None and not info.scaled and param.grad is not None and param.grad._version != info.grad_version:
-            return True
+        if info is not None and param.grad is not None and param.grad._version != info.grad_version:
+            return not info.scaled
     return False

@@ -1,28 +1,43 @@
-"""The one backward: the loss's derivatives by the log-likelihoods arrive, and the unit gradients go down."""
+"""The one backward: the loss's derivatives with respect to the log-likelihoods arrive, and the unit gradients go down."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .graph import Part, Versions
+from .graph import Followed, Part, Versions
+from .targets import Targets
 
 
 class OneBackward:
-    """What stands between the objective's graph and the model's, which it walks by itself, once.
+    """What connects the objective's graph with the model's, which it walks by itself, once.
 
     Args:
-        parts: the forwards that make up the loss; their nodes are claimed (`inspect_graph`).
+        parts: the forwards that make up the loss; their nodes are claimed (`graph.claim`).
+        graphs: of the parts.
         factor: `d target_b / d s_b`, 0 for samples that are not penalised; `[N]` over all parts.
+        samples: forget samples.
         versions: of the parameters.
+        targets: the parameters that get a target gradient.
     """
 
-    def __init__(self, parts: Sequence[Part], factor: Tensor, versions: Versions):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        graphs: Sequence[Followed],
+        factor: Tensor,
+        samples: int,
+        versions: Versions,
+        targets: Targets,
+    ):
         self._parts: Sequence[Part] | None = parts
-        self._factor, self._versions = factor, versions
+        self._graphs, self._factor, self._samples = graphs, factor, samples
+        self._versions, self._targets = versions, targets
+        self.scale: Tensor | None = None  # by which the loss was multiplied; known once its backward begins
 
     def attach(self) -> Tensor:
         """The log-likelihoods `[N]` as a leaf, for the objective; the backward of its value runs `run`.
@@ -33,11 +48,12 @@ class OneBackward:
         return _Start.apply(leaf, self)
 
     def run(self, weights: Tensor) -> None:
-        """Fill `grad` and `target_grad`, `weights` `[N]` being the derivatives of the loss by the log-likelihoods.
+        """Fill `grad` and `target_grad`, `weights` `[N]` being the derivatives of the loss with respect to the log-likelihoods.
 
         Raises:
             RuntimeError: a second call, a later loss on the same forward, or a parameter edited since the forward;
                 nothing is changed then.
+            ValueError: the loss was multiplied, and parameters are updated in backward.
         """
         if self._parts is None:
             raise RuntimeError(
@@ -46,26 +62,33 @@ class OneBackward:
             )
         if any(part.weights.superseded for part in self._parts):
             raise RuntimeError(
-                "another unlearning loss was made from the same forward since, and its backward is the one that can "
-                "run; run the model again for a second loss. Nothing was changed"
+                "a newer unlearning loss on this forward replaced this one; run the model again for a second loss. "
+                "Nothing was changed"
             )
         self._versions.check()
         parts, self._parts = self._parts, None
-        weights, factor = weights.to(self._factor.dtype), self._factor
-        unit = ((weights != 0) | (factor != 0)).to(factor.dtype)
+        # Where the loss is a term of a sum whose other terms go through the same forward, they need the graph too.
+        shared = any(torch._C._will_engine_execute_node(node) for graph in self._graphs for node in graph.nodes)
+        self._targets.begin(self._samples, self.scale)
+        self._fill(parts, weights.to(self._factor.dtype), shared)
+
+    def _fill(self, parts: Sequence[Part], weights: Tensor, retain_graph: bool) -> None:
+        """One backward with the unit gradients, while the nodes know the weights of their rows."""
         sizes = [len(part.log_probs) for part in parts]
-        split = [tensor.split(sizes) for tensor in (weights, factor, unit)]
-        host = torch.stack([weights, factor]).tolist()  # the one read on the host: which products are needed
-        start = 0
-        for part, loss, target, size in zip(parts, *split[:2], sizes, strict=True):
-            part.weights.arm(loss, target, *(values[start : start + size] for values in host))
-            start += size
-        try:
-            signals = [part.signal(signal) for part, signal in zip(parts, split[2], strict=True)]
-            torch.autograd.backward([part.logits for part in parts], signals)
-        finally:
-            for part in parts:
-                part.weights.disarm()
+        unit = ((weights != 0) | (self._factor != 0)).to(weights.dtype)
+        tensors = zip(*(tensor.split(sizes) for tensor in (weights, self._factor, unit)), strict=True)
+        host = torch.stack([weights, self._factor], 1).tolist()  # the one read on the host: which products are needed
+        with ExitStack() as stack:
+            stack.enter_context(self._targets.through_hooks())
+            signals = []
+            for part, graph, (loss, target, ones) in zip(parts, self._graphs, tensors, strict=True):
+                stack.callback(part.weights.disarm)
+                own, host = host[: len(loss)], host[len(loss) :]
+                part.weights.arm(loss, target, *zip(*own, strict=True))
+                for handle in graph.hooks(part.weights):
+                    stack.callback(handle.remove)
+                signals.append(part.signal(ones))
+            torch.autograd.backward([part.logits for part in parts], signals, retain_graph=retain_graph)
 
 
 class _Start(torch.autograd.Function):

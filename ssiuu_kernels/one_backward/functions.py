@@ -1,21 +1,25 @@
 """The ways in which a parameter meets the rows of a batch, as autograd functions that know the rows apart.
 
 Each forward is PyTorch's own. Each backward first makes the data gradient, which reads the parameter, and then the
-parameter's: the plain one; or, in the backward of an unlearning loss, whose signal is `ds_b` for every sample, the two
-weighted ones, `dL` (returned to autograd) and `sum_b dP_b` (added to `param.target_grad`). Nothing is kept for later.
+parameter's: the plain one, by the operations that PyTorch's own autograd calls; or, in the backward of an unlearning
+loss, whose signal is `ds_b` for every sample, the two weighted ones, `dL` (returned to autograd) and `sum_b dP_b` (handed
+to the loss's `Targets`). Nothing is kept for later.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops.wgrad_pair.reference import ALL, scaled, take, weighted_product, wgrad_pair_reference
-from ..target_grad import add_target_grad, gradient_dtype
-from .row_weights import LayerRows, Lead, RowWeights
+from ..target_grad import gradient_dtype
+from .row_weights import LayerRows, RowWeights
 
+Lead = tuple[int, ...]  # a tensor's shape without its last dimension
 Pair = tuple[Tensor, Tensor | None]  # gradient of the loss, and of the target where there is one
 
 
@@ -27,9 +31,12 @@ class RowFunction(torch.autograd.Function):
         params: the parameters that it serves (None for one that is absent), in the order of its arguments.
         versions: theirs at the time of the forward.
         weights: those of the forward it belongs to; None where no unlearning loss has claimed it.
-        answer_grad: of the layer that made the logits: the gradient in the rows that predict an answer token, all
-            others being 0. It then takes the place of the one that autograd brings.
-        targets: ids of the parameters that get a target gradient.
+        layout: in which order its rows are the samples'.
+        targets: `Targets` of the loss that has claimed it.
+        rows_grad: the gradient to use in place of the one that autograd brings. Of the layer that made the logits: in the
+            rows that predict an answer token, all others being 0. Of an embedding that was broadcast over the samples:
+            before autograd added them up.
+        answers_only: whether `rows_grad` is that of the answers' rows.
     """
 
     @staticmethod
@@ -38,42 +45,48 @@ class RowFunction(torch.autograd.Function):
         ctx.lead = tuple(lead)
         ctx.params = params
         ctx.versions = [None if param is None else param._version for param in params]
-        ctx.weights, ctx.answer_grad, ctx.targets = None, None, frozenset()
+        ctx.weights = ctx.layout = ctx.targets = ctx.rows_grad = None
+        ctx.answers_only = False
 
 
-def _rows_of(ctx) -> LayerRows | None:
-    """The rows' weights; None in the backward of any other loss."""
+def _rows_of(ctx, dtype: torch.dtype) -> LayerRows | None:
+    """The rows' weights, for products in `dtype`; None in the backward of any other loss."""
     weights: RowWeights | None = ctx.weights
     if weights is None or not weights.armed:
         return None
-    return weights.rows(ctx.lead) if ctx.answer_grad is None else weights.answer_rows()
+    return weights.rows(None if ctx.answers_only else ctx.layout, dtype == torch.float16)
 
 
-def _deliver(ctx, param: Tensor, pair: Pair) -> Tensor:
-    """Add the target gradient to `param.target_grad`; the loss gradient, for autograd to add to `param.grad`."""
-    loss_grad, target_grad = pair
-    if id(param) in ctx.targets and target_grad is not None:
-        add_target_grad(param, target_grad)
-    return loss_grad.to(gradient_dtype(param))
+def _deliver(ctx, param: Tensor, pair: Pair, rows: LayerRows) -> Tensor:
+    """Hand the target gradient to `ctx.targets`; the loss gradient, for autograd to add to `param.grad`."""
+    loss_grad, target_grad = (
+        grad if grad is None else _multiplied(grad.to(gradient_dtype(param)), scale)
+        for grad, scale in zip(pair, rows.scales, strict=True)
+    )
+    if target_grad is not None and param in ctx.targets:
+        ctx.targets.add(param, target_grad)
+    return loss_grad
 
 
-def _matrix_pair(ctx, param: Tensor, rows: LayerRows | None, x: Tensor, grad_y: Tensor) -> Pair:
+def _multiplied(grad: Tensor, scale: float) -> Tensor:
+    return grad if scale == 1 else grad * scale
+
+
+def _matrix_pair(ctx, param: Tensor, rows: LayerRows, x: Tensor, grad_y: Tensor) -> Pair:
     """`grad_y^T x`, `[out, in]`, weighted."""
-    if rows is None:
-        return weighted_product(x, grad_y), None
-    if rows.target is None or id(param) not in ctx.targets:
+    if rows.target is None or param not in ctx.targets:
         return weighted_product(x, grad_y, rows.loss), None
     if rows.all_zero:
         return weighted_product(x, grad_y, rows.loss), torch.zeros_like(param)
     return wgrad_pair_reference(x, grad_y, rows.loss, rows.target, rows.target_rows, rows.other_rows, rows.ratio)
 
 
-def _vector_pair(rows: LayerRows | None, terms: Tensor) -> Pair:
-    """Weighted sums over the rows of `terms` `[T, D]`, in float32 or wider; `[D]`."""
-    terms = terms if terms.dtype == torch.float64 else terms.float()
-    if rows is None or rows.target is None:
-        return terms.sum(0) if rows is None else rows.loss @ terms, None
-    return tuple(torch.stack([rows.loss, rows.target]) @ terms)
+def _vector_grad(ctx, param: Tensor, rows: LayerRows, terms: Tensor) -> Tensor:
+    """The loss gradient of a vector: weighted sums over the rows of `terms` `[T, D]`, in float32 or wider; `[D]`."""
+    weights = rows.loss[None] if rows.target is None else torch.stack([rows.loss, rows.target])
+    wide = torch.promote_types(torch.promote_types(terms.dtype, torch.float32), weights.dtype)
+    sums = weights.to(wide) @ terms.to(wide)
+    return _deliver(ctx, param, (sums[0], None if rows.target is None else sums[1]), rows)
 
 
 class RowLinear(RowFunction):
@@ -83,22 +96,20 @@ class RowLinear(RowFunction):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
         RowFunction.describe(ctx, x.shape[:-1], weight, bias)
         ctx.x_dtype, ctx.transposed = x.dtype, transposed
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # as autocast would, so that this is what is saved
+        x = _autocast(x, torch.get_autocast_dtype(x.device.type))  # as autocast would: this is what is saved
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y: Tensor):
         x, weight = ctx.saved_tensors
-        rows, places = _rows_of(ctx), ALL
+        rows, places = _rows_of(ctx, x.dtype), ALL
         shape = x.shape
         x = x.reshape(-1, x.shape[-1])
-        if ctx.answer_grad is None:
+        if ctx.rows_grad is None:
             grad_y = grad_y.reshape(-1, grad_y.shape[-1])
         else:
-            places, grad_y, ctx.answer_grad = ctx.weights.answers.rows, ctx.answer_grad, None
+            places, grad_y, ctx.rows_grad = ctx.weights.answers.rows, ctx.rows_grad, None
             x = take(x, places)
         grads: list[Tensor | None] = [None, None, None, None]
         if ctx.needs_input_grad[0]:
@@ -110,10 +121,20 @@ class RowLinear(RowFunction):
         param, bias = ctx.params
         if ctx.needs_input_grad[1]:
             factors = (grad_y, x) if ctx.transposed else (x, grad_y)
-            grads[1] = _deliver(ctx, param, _matrix_pair(ctx, param, rows, *factors))
+            if rows is None:
+                grads[1] = weighted_product(*factors).to(gradient_dtype(param))
+            else:
+                grads[1] = _deliver(ctx, param, _matrix_pair(ctx, param, rows, *factors), rows)
         if ctx.needs_input_grad[2]:
-            grads[2] = _deliver(ctx, bias, _vector_pair(rows, grad_y))
+            grads[2] = _vector(ctx, bias, rows, grad_y)
         return tuple(grads)
+
+
+def _vector(ctx, param: Tensor, rows: LayerRows | None, terms: Tensor) -> Tensor:
+    """The gradient of a vector `[D]` from the terms of its rows, `[.., D]`."""
+    if rows is None:
+        return terms.sum_to_size(param.shape).to(gradient_dtype(param))
+    return _vector_grad(ctx, param, rows, terms.reshape(-1, terms.shape[-1]))
 
 
 class RowEmbedding(RowFunction):
@@ -123,60 +144,73 @@ class RowEmbedding(RowFunction):
     def forward(ctx, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         RowFunction.describe(ctx, ids.shape, weight)
         ctx.save_for_backward(ids)
-        ctx.padding_idx = -1 if padding_idx is None else padding_idx
+        ctx.padding_idx = -1 if padding_idx is None else padding_idx % len(weight)
         return F.embedding(ids, weight, padding_idx)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y: Tensor):
         (ids,), (param,) = ctx.saved_tensors, ctx.params
-        rows = _rows_of(ctx)
+        if ctx.rows_grad is not None:
+            grad_y, ctx.rows_grad = ctx.rows_grad.to(grad_y.dtype), None
+            ids = ids.expand(grad_y.shape[:-1])
+        rows = _rows_of(ctx, grad_y.dtype)
+
+        def table_grad(part: Tensor, part_ids: Tensor) -> Tensor:
+            return torch.ops.aten.embedding_dense_backward(part, part_ids, len(param), ctx.padding_idx, False)
+
+        if rows is None:
+            return None, table_grad(grad_y, ids).to(gradient_dtype(param)), None
         ids, grad_y = ids.reshape(-1), grad_y.reshape(-1, grad_y.shape[-1])
 
-        def table_grad(weights: Tensor | None, places) -> Tensor:
-            part = take(grad_y, places)
-            part = part if weights is None else scaled(part, take(weights, places)[:, None])
-            return torch.ops.aten.embedding_dense_backward(part, take(ids, places), len(param), ctx.padding_idx, False)
+        def weighted(weights: Tensor, places) -> Tensor:
+            return table_grad(scaled(take(grad_y, places), take(weights, places)[:, None]), take(ids, places))
 
-        pair = table_grad(None if rows is None else rows.loss, ALL), None
-        if rows is not None and rows.target is not None and id(param) in ctx.targets:
-            pair = pair[0], table_grad(rows.target, rows.target_rows)
-        return None, _deliver(ctx, param, pair), None
+        wants_target = rows.target is not None and param in ctx.targets
+        pair = weighted(rows.loss, ALL), weighted(rows.target, rows.target_rows) if wants_target else None
+        return None, _deliver(ctx, param, pair, rows), None
 
 
 class RowScale(RowFunction):
-    """`x * value`, value `[D]` being the parameter or the parameter plus a constant (RMSNorm's weight)."""
+    """`x * value`, value `[D]` being the parameter or the parameter plus a constant (RMSNorm's weight).
+
+    The plain gradient takes the way through `value`, which has the parameter's graph below it.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, param: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, value: Tensor, param: Tensor) -> Tensor:
         RowFunction.describe(ctx, x.shape[:-1], param)
         ctx.save_for_backward(x, value)
         return x * value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y: Tensor):
         (x, value), (param,) = ctx.saved_tensors, ctx.params
-        grad_x = (grad_y * value).to(x.dtype)
-        pair = _vector_pair(_rows_of(ctx), _wide_product(grad_y, x).reshape(-1, x.shape[-1]))
-        return grad_x, _deliver(ctx, param, pair), None
+        rows = _rows_of(ctx, grad_y.dtype)
+        grad_x = (grad_y * value).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if rows is None:
+            return grad_x, (grad_y * x).sum_to_size(value.shape).to(value.dtype), None
+        return grad_x, None, _vector(ctx, param, rows, _wide_product(grad_y, x))
 
 
 class RowShift(RowFunction):
-    """`x + param`, param `[D]`: a bias that is added on its own."""
+    """`x + value`, value `[D]` being the parameter, or the parameter cast: a bias that is added on its own.
+
+    The plain gradient takes the way through `value`, as in `RowScale`.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, param: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, value: Tensor, param: Tensor) -> Tensor:
         RowFunction.describe(ctx, x.shape[:-1], param)
-        ctx.x_dtype = x.dtype
+        ctx.dtypes = x.dtype, value.dtype
         return x + value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y: Tensor):
-        (param,) = ctx.params
-        pair = _vector_pair(_rows_of(ctx), grad_y.reshape(-1, grad_y.shape[-1]))
-        return grad_y.to(ctx.x_dtype), _deliver(ctx, param, pair), None
+        (x_dtype, value_dtype), (param,) = ctx.dtypes, ctx.params
+        rows = _rows_of(ctx, grad_y.dtype)
+        if rows is None:
+            return grad_y.to(x_dtype), grad_y.sum_to_size(param.shape).to(value_dtype), None
+        return grad_y.to(x_dtype), None, _vector(ctx, param, rows, grad_y)
 
 
 class RowLayerNorm(RowFunction):
@@ -185,28 +219,75 @@ class RowLayerNorm(RowFunction):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         RowFunction.describe(ctx, x.shape[:-1], weight, bias)
+        if _autocast_widens_norms(x.device.type):
+            x, weight, bias = (_autocast(tensor, torch.float32) for tensor in (x, weight, bias))
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y: Tensor):
-        x, mean, rstd, weight = ctx.saved_tensors
-        param, bias = ctx.params
-        rows, width = _rows_of(ctx), x.shape[-1]
-        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_y, x, [width], mean, rstd, weight, bias, [True, False, False]
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        rows, wanted = _rows_of(ctx, grad_y.dtype), ctx.needs_input_grad[:3]
+        mask = list(wanted) if rows is None else [wanted[0], False, False]
+        grads = list(
+            torch.ops.aten.native_layer_norm_backward(grad_y, x, x.shape[-1:], mean, rstd, weight, bias, mask)
         )
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            terms = _wide_product(grad_y, (x - mean) * rstd).reshape(-1, width)
-            grad_weight = _deliver(ctx, param, _vector_pair(rows, terms))
-        if ctx.needs_input_grad[2]:
-            grad_bias = _deliver(ctx, bias, _vector_pair(rows, grad_y.reshape(-1, width)))
-        return grad_x, grad_weight, grad_bias, None
+        if rows is None:
+            for place, param in enumerate(ctx.params, start=1):
+                if wanted[place]:
+                    grads[place] = grads[place].to(gradient_dtype(param))
+        else:
+            terms = (lambda: _wide_product(grad_y, (x - mean) * rstd), lambda: grad_y)
+            for place, (param, made) in enumerate(zip(ctx.params, terms, strict=True), start=1):
+                grads[place] = _vector(ctx, param, rows, made()) if wanted[place] else None
+        return *grads, None
+
+
+class RowRMSNorm(RowFunction):
+    """`F.rms_norm` over the last dimension, whose kernels differ between devices and versions of torch."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+        RowFunction.describe(ctx, x.shape[:-1], weight)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        # `F.rms_norm` runs again in the backward, so it has to see the same autocast there.
+        device = x.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        (x, weight), (param,) = ctx.saved_tensors, ctx.params
+        rows, again = _rows_of(ctx, grad_y.dtype), torch.is_grad_enabled()
+        device, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+            inputs = x.view_as(x), weight.view_as(weight)
+            inputs = tuple(tensor if tensor.requires_grad else tensor.requires_grad_() for tensor in inputs)
+            y = F.rms_norm(inputs[0], x.shape[-1:], inputs[1], ctx.eps)
+        grad_x, grad_weight = torch.autograd.grad(y, inputs, grad_y, create_graph=again)
+        if rows is None:
+            return grad_x, grad_weight.to(gradient_dtype(param)), None
+        normalised = F.rms_norm(x, x.shape[-1:], None, ctx.eps)
+        return grad_x, _vector(ctx, param, rows, _wide_product(grad_y, normalised)), None
+
+
+def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`tensor` as an operation sees it for which autocast, where it is on, has chosen `dtype`."""
+    if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.to(dtype)
+
+
+@cache
+def _autocast_widens_norms(device: str) -> bool:
+    """Whether autocast has chosen float32 for `layer_norm` on this kind of device: on GPUs it has, on the CPU not."""
+    with torch.autocast(device, torch.bfloat16):
+        return F.layer_norm(torch.zeros(1, 2, dtype=torch.bfloat16, device=device), (2,)).dtype == torch.float32
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """In float32 at least, as PyTorch's own kernels sum such products."""
-    return a * b if a.dtype == torch.float64 else a.float() * b.float()
+    wide: Callable[[Tensor], Tensor] = lambda x: x if x.dtype == torch.float64 else x.float()  # noqa: E731
+    return wide(a) * wide(b)

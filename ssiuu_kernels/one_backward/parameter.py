@@ -2,23 +2,21 @@
 
 A module is not recognised by its class: while its forward runs, each of its trainable parameters is replaced by a
 `RowParameter`, and what the forward does with it decides. A use that is in `USES` runs on our function; any other gets
-the parameter itself, and autograd's gradient, which `graph.py` then finds.
+the parameter itself, and autograd's gradient. A use that PyTorch does not tell us of (a function of another library, a
+scripted one) gets the stand-in, which is an alias of the parameter in autograd's graph: the gradient is autograd's too.
+`graph.py` finds either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functions import RowEmbedding, RowLayerNorm, RowLinear, RowScale, RowShift
-
-# Samples of the model's forward that is under way; None outside of one.
-batch_size: ContextVar[int | None] = ContextVar("batch_size", default=None)
+from .functions import RowEmbedding, RowLayerNorm, RowLinear, RowRMSNorm, RowScale, RowShift
 
 
 class RowParameter(Tensor):
@@ -26,35 +24,31 @@ class RowParameter(Tensor):
 
     Attributes:
         param: the parameter.
+        live: the value with its autograd graph, for a use that is not ours: the parameter itself, or made of it.
         transposed: whether this is `param.T`.
-        live: gives the value with its autograd graph, for a use that is not ours.
     """
 
+    _is_param = True  # isinstance(self.weight, nn.Parameter) stays true
+
     param: nn.Parameter
+    live: Tensor
     transposed: bool
-    live: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, param: nn.Parameter) -> RowParameter:
-        return cls._make(param.detach(), param, False, lambda: param)
-
-    @classmethod
-    def _make(cls, value: Tensor, param: nn.Parameter, transposed: bool, live: Callable[[], Tensor]) -> RowParameter:
-        stand_in = Tensor._make_subclass(cls, value)
-        stand_in.param, stand_in.transposed, stand_in.live = param, transposed, live
+    def of(cls, param: nn.Parameter, live: Tensor | None = None, transposed: bool = False) -> RowParameter:
+        live = param if live is None else live
+        stand_in = live.as_subclass(cls)
+        stand_in.param, stand_in.live, stand_in.transposed = param, live, transposed
         return stand_in
 
     def derived(self, function: Callable, args: tuple, kwargs: dict, transposed: bool = False) -> RowParameter:
         """`function` of this stand-in: a value whose derivative by the parameter is 1, or the transpose."""
-        with torch.no_grad():
-            value = function(*(_detached(arg) for arg in args), **kwargs)
-        live = lambda: function(*(_live(arg) for arg in args), **kwargs)  # noqa: E731
-        return self._make(value, self.param, transposed, live)
+        return self.of(self.param, function(*map(_live, args), **kwargs), transposed)
 
     @property
     def is_itself(self) -> bool:
         """Whether this is the parameter as it is, neither transposed nor changed."""
-        return self.data_ptr() == self.param.data_ptr() and self.dtype == self.param.dtype and not self.transposed
+        return self.live is self.param
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -69,11 +63,12 @@ class RowParameter(Tensor):
 
 
 def _live(value: object) -> object:
-    return value.live() if isinstance(value, RowParameter) else value
-
-
-def _detached(value: object) -> object:
-    return value.as_subclass(Tensor) if isinstance(value, RowParameter) else value
+    """The value that PyTorch is to see; in lists and tuples too (`torch.cat([self.a, self.b])`)."""
+    if isinstance(value, RowParameter):
+        return value.live
+    if type(value) in (list, tuple):
+        return type(value)(map(_live, value))
+    return value
 
 
 def _is_param(value: object) -> bool:
@@ -96,7 +91,7 @@ def _parameters_or_constants(*values: object) -> bool:
 
 
 def _linear(_function, x, weight, bias=None):
-    if isinstance(x, RowParameter) or not _parameters_or_constants(weight, bias) or weight.dim() != 2:
+    if isinstance(x, RowParameter) or not _parameters_or_constants(weight, bias) or weight.dim() != 2 or x.dim() < 2:
         return NotImplemented
     return RowLinear.apply(x, _plain(weight), _plain(bias), False)
 
@@ -108,7 +103,7 @@ def _addmm(_function, bias, x, weight, **options):
 
 
 def _matmul(_function, x, weight):
-    if isinstance(x, RowParameter) or not isinstance(weight, RowParameter) or weight.dim() != 2:
+    if isinstance(x, RowParameter) or not isinstance(weight, RowParameter) or weight.dim() != 2 or x.dim() < 2:
         return NotImplemented
     if weight.transposed or weight.is_itself:
         return RowLinear.apply(x, weight.param, None, not weight.transposed)
@@ -127,25 +122,19 @@ def _embedding(
 ):
     if not _is_param(weight) or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
-    samples = batch_size.get()
-    if len(ids) == 1 and samples is not None:
-        # Positions that all samples share: once they are looked up for each, their gradients can be told apart.
-        ids = ids.expand(samples, *ids.shape[1:])
     return RowEmbedding.apply(ids, weight.param, padding_idx)
 
 
 def _layer_norm(_function, x, normalized_shape, weight=None, bias=None, eps=1e-5):
     if isinstance(x, RowParameter) or weight is None or not _parameters_or_constants(weight, bias) or weight.dim() != 1:
         return NotImplemented
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.float()  # as autocast would
     return RowLayerNorm.apply(x, _plain(weight), _plain(bias), eps)
 
 
 def _rms_norm(_function, x, normalized_shape, weight=None, eps=None):
-    if not _is_param(weight) or weight.dim() != 1:
+    if isinstance(x, RowParameter) or not _is_param(weight) or weight.dim() != 1:
         return NotImplemented
-    return RowScale.apply(F.rms_norm(x, normalized_shape, None, eps), weight.param, _detached(weight))
+    return RowRMSNorm.apply(x, weight.param, eps)
 
 
 def _elementwise(row_function: type) -> Callable:
@@ -159,7 +148,7 @@ def _elementwise(row_function: type) -> Callable:
             return vector.derived(function, (a, b), {}) if row_function is RowShift else NotImplemented
         if other.dim() < 2 or other.shape[-1:] != vector.shape:
             return NotImplemented
-        return row_function.apply(other, vector.param, _detached(vector))
+        return row_function.apply(other, vector.live, vector.param)
 
     return use
 
@@ -194,14 +183,24 @@ USES: dict[Callable, Callable] = {
 def _forward(self: nn.Module, *args, **kwargs):
     """The class's own forward, run on stand-ins where gradients are wanted."""
     forward = type(self).forward
-    trainable = {name: p for name, p in self._parameters.items() if p is not None and p.requires_grad}
-    if not trainable or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
         return forward(self, *args, **kwargs)
-    self._parameters.update({name: RowParameter.of(param) for name, param in trainable.items()})
+    # A parameter of another class (quantised, sharded) means something else; and one that is a stand-in already is that
+    # of another thread, or of a call of this module by itself, which will put the parameter back.
+    trainable = {name: p for name, p in self._parameters.items() if type(p) is nn.Parameter and p.requires_grad}
+    stand_ins = {name: RowParameter.of(param) for name, param in trainable.items()}
+    self._parameters.update(stand_ins)
     try:
         return forward(self, *args, **kwargs)
     finally:
-        self._parameters.update(trainable)
+        for name, stand_in in stand_ins.items():
+            if self._parameters.get(name) is stand_in:  # not replaced by the forward
+                self._parameters[name] = trainable[name]
+
+
+def _transformed() -> bool:
+    """Whether this runs in a transform of torch.func, which an autograd function of ours cannot enter."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def install(module: nn.Module) -> None:

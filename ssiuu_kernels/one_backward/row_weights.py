@@ -1,4 +1,4 @@
-"""How much each row of one forward counts in `dL` and in `sum_b dP_b`, in whatever shape a layer sees the rows."""
+"""How much each row of one forward counts in `dL` and in `sum_b dP_b`, in whatever order a layer sees the rows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,31 @@ from torch import Tensor
 
 from ..log_probs import Answers, sample_of_rows
 from ..ops.wgrad_pair.reference import Rows, complement
+from .axes import Axis
 
-Lead = tuple[int, ...]  # a tensor's shape without its last dimension
+
+class Layout(NamedTuple):
+    """The rows that a layer sees, flattened.
+
+    Attributes:
+        count: T.
+        inner: rows in a row at one place of each axis that is followed (`axes.flattened`); an entry per axis.
+    """
+
+    count: int
+    inner: tuple[int, ...]
 
 
 class LayerRows(NamedTuple):
-    """The rows that a layer sees, flattened to T; see `ops.wgrad_pair`.
+    """The weights of T rows; see `ops.wgrad_pair`.
 
     Attributes:
         loss, target: weights, `[T]`; target None where the forward has no forget sample.
         target_rows, other_rows: the rows of forget samples, and (where ratio is given) the others in parts.
         ratio: target / loss of the target rows, where they have one in common.
         all_zero: every target weight is 0, as where P(answer) underflows.
+        scales: powers of two by which gradients made from loss and target have to be multiplied; both 1 unless float16
+            is to hold the products.
     """
 
     loss: Tensor
@@ -31,6 +44,7 @@ class LayerRows(NamedTuple):
     other_rows: Sequence[Rows]
     ratio: float | None
     all_zero: bool
+    scales: tuple[float, float]
 
 
 class RowWeights:
@@ -41,85 +55,96 @@ class RowWeights:
         segments: int32 `[N, 2]` of packed samples, or None.
         answers: of these labels.
         forget: which of the samples are forget samples, on the host.
+
+    Attributes:
+        axes: where the samples are in the logits: the first dimension, and of packed samples the second too. None are
+            needed where the forward has one sample.
+        counts: the length of each axis.
     """
 
     def __init__(self, labels: Tensor, segments: Tensor | None, answers: Answers, forget: Sequence[bool]):
-        self.batch: Lead = tuple(labels.shape)
+        self._labels = labels
         self.superseded = False  # whether a later loss has claimed the same forward
         self.answers = answers
         self._sample = None if segments is None else sample_of_rows(labels, segments)
+        followed = [dim for dim in range(1 if segments is None else 2) if labels.shape[dim] > 1]
+        self.axes = tuple(Axis(dim, 1) for dim in followed)
+        self.counts = tuple(labels.shape[dim] for dim in followed)
+        self._strides = tuple(1 if dim or segments is None else labels.shape[1] for dim in followed)
         chosen = [sample for sample, penalised in enumerate(forget) if penalised]
         self._forget = chosen
-        self._together = bool(chosen) and chosen[-1] - chosen[0] + 1 == len(chosen)
+        self._together = segments is None and bool(chosen) and chosen[-1] - chosen[0] + 1 == len(chosen)
         self.disarm()
 
     def disarm(self) -> None:
         """Forget the weights: whatever runs backward now is another loss's."""
         self.armed = False
         self._loss = self._target = None
-        self._cache: dict[Lead | str, LayerRows] = {}
+        self._host: tuple[Sequence[float], Sequence[float]] = ((), ())
+        self._cache: dict[tuple[Layout | None, bool], LayerRows] = {}
 
     def arm(self, loss: Tensor, target: Tensor, host_loss: Sequence[float], host_target: Sequence[float]) -> None:
         """Weigh each sample by `loss` in dL and by `target` in the target gradient, `[N]` each; on the host too."""
-        self.armed, self._loss, self._target = True, loss, target
-        weights = [host_loss[sample] for sample in self._forget]
-        factors = [host_target[sample] for sample in self._forget]
-        self._all_zero = not any(factors)
-        self._ratio = None if self._all_zero else _common_ratio(weights, factors, torch.finfo(loss.dtype).eps)
+        self.armed, self._loss, self._target, self._host = True, loss, target, (host_loss, host_target)
 
-    def fits(self, lead: Lead) -> bool:
-        """Whether it is known to which sample each row of a tensor of this leading shape belongs."""
-        samples, length = self.batch
-        if lead == (samples * length,):
-            return True
-        if self._sample is None:
-            return lead[:1] == (samples,)
-        return (lead[:2] == self.batch and len(lead) <= 3 and lead[2:] != (length,)) or self._heads_first(lead)
+    def rows(self, layout: Layout | None, half: bool = False) -> LayerRows:
+        """The weights of the rows of this layout.
 
-    def _heads_first(self, lead: Lead) -> bool:
-        samples, length = self.batch
-        return len(lead) == 3 and lead[0] == samples and lead[2] == length != lead[1]
+        Args:
+            layout: None: of the rows that predict an answer token alone, in the order of `answers.rows`.
+            half: for products in float16, which cannot hold P(answer): the weights are divided by `scales`, so that
+                the largest of each is near 1.
+        """
+        key = layout, half
+        if key not in self._cache:
+            self._cache[key] = self._made(layout, half)
+        return self._cache[key]
 
-    def rows(self, lead: Lead) -> LayerRows:
-        """The weights of the rows of a tensor with this leading shape, for which `fits` is true."""
-        if lead not in self._cache:
-            self._cache[lead] = self._unpacked(lead) if self._sample is None else self._packed(lead)
-        return self._cache[lead]
+    def packed_samples(self) -> Tensor:
+        """The sample at each place of the labels, int64 `[B, S]`, where samples are packed; -1 for none."""
+        return self._sample.view(self._labels.shape)
 
-    def answer_rows(self) -> LayerRows:
-        """The weights of the rows that predict an answer token alone, in the order of `answers.rows`."""
-        if "answers" not in self._cache:
-            self._cache["answers"] = self._by_sample(self.answers.samples)
-        return self._cache["answers"]
+    def _made(self, layout: Layout | None, half: bool) -> LayerRows:
+        scales = tuple(power_of_two(max(map(abs, host))) if half else 1.0 for host in self._host)
+        loss, target = (weights / scale for weights, scale in zip((self._loss, self._target), scales, strict=True))
+        host_loss, host_target = (
+            [host[sample] / scale for sample in self._forget] for host, scale in zip(self._host, scales, strict=True)
+        )
+        all_zero = not any(host_target)
+        ratio = None if all_zero else _common_ratio(host_loss, host_target, torch.finfo(loss.dtype).eps)
+        samples = len(loss)
+        each = layout.inner[0] if layout and layout.inner else layout.count if layout else 0
+        if self._together and layout and each * samples == layout.count:
+            # Sample after sample: the forget samples' rows are a slice.
+            loss, target = (w[:, None].expand(samples, each).reshape(-1) for w in (loss, target))
+            target_rows = slice(self._forget[0] * each, (self._forget[-1] + 1) * each)
+        else:
+            sample = self.answers.samples if layout is None else self._sample_of(layout)
+            forget = torch.zeros(samples, dtype=torch.bool, device=sample.device)
+            forget[self._forget] = True
+            target_rows = (forget[sample] & (sample >= 0)).nonzero().flatten()
+            loss, target = (torch.where(sample >= 0, w[sample], 0) for w in (loss, target))
+        others = [] if ratio is None else complement(target_rows, len(loss), loss.device)
+        return LayerRows(loss, target if self._forget else None, target_rows, others, ratio, all_zero, scales)
 
-    def _unpacked(self, lead: Lead) -> LayerRows:
-        samples, each = self.batch[0], math.prod(lead) // self.batch[0]
-        if not self._together:
-            return self._by_sample(torch.arange(samples, device=self._loss.device).repeat_interleave(each))
-        loss, target = (w[:, None].expand(samples, each).reshape(-1) for w in (self._loss, self._target))
-        return self._layer(loss, target, slice(self._forget[0] * each, (self._forget[-1] + 1) * each))
+    def _sample_of(self, layout: Layout) -> Tensor:
+        """The sample of each row, int64 `[T]`; -1 for none."""
+        row = torch.arange(layout.count, device=self._loss.device)
+        place = torch.zeros_like(row)
+        for below, length, stride in zip(layout.inner, self.counts, self._strides, strict=True):
+            place += row // below % length * stride
+        return place if self._sample is None else self._sample[place]
 
-    def _packed(self, lead: Lead) -> LayerRows:
-        each = math.prod(lead) // math.prod(self.batch)
-        if self._heads_first(lead):
-            return self._by_sample(self._sample.view(self.batch)[:, None].expand(lead).reshape(-1))
-        return self._by_sample(self._sample.repeat_interleave(each))
 
-    def _by_sample(self, sample: Tensor) -> LayerRows:
-        """From the sample of each row, -1 for none."""
-        loss, target = (torch.where(sample >= 0, w[sample], 0) for w in (self._loss, self._target))
-        forget = torch.zeros(len(self._loss), dtype=torch.bool, device=sample.device)
-        forget[self._forget] = True
-        return self._layer(loss, target, (forget[sample] & (sample >= 0)).nonzero().flatten())
-
-    def _layer(self, loss: Tensor, target: Tensor, target_rows: Rows) -> LayerRows:
-        others = [] if self._ratio is None else complement(target_rows, len(loss), loss.device)
-        target = target if self._forget else None
-        return LayerRows(loss, target, target_rows, others, self._ratio, self._all_zero)
+def power_of_two(value: float) -> float:
+    """The largest power of two that is no larger than `value`; 1 for 0 and for what is not finite."""
+    if not value or not math.isfinite(value):
+        return 1.0
+    return 2.0 ** (math.frexp(value)[1] - 1)
 
 
 def _common_ratio(weights: Sequence[float], factors: Sequence[float], eps: float) -> float | None:
-    """factor / weight if it is the same for all, up to rounding; None if not, or if it is no good number."""
+    """factor / weight if it is the same for all, up to rounding; None if not, or if it is not finite."""
     if not all(weights):
         return None
     ratios = [factor / weight for factor, weight in zip(factors, weights, strict=True)]
