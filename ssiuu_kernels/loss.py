@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import refuse_more_processes
-from .log_probs import Answers, answer_log_probs, check_labels, check_logits, check_target, find_answers, target_factor
+from .log_probs import Answers, answer_log_probs, check_logits, check_target, find_answers, target_factor
 from .loss_value import NoteScale, UnlearningLoss
 from .neuron_level import NeuronLevel
 from .objectives import Objective, resolve_objective

@@ -112,7 +112,7 @@ def patch(
         raise ValueError("model is already patched; call unpatch() on the handle of the first patch")
     neurons = NeuronLevel(penalty_weight, forget_samples) if level == "neuron" else None
     found, skipped = find_mlps(model)
-    if not found or (strict and skipped):
+    if (not found and (level == "neuron" or scope == "mlp")) or (strict and skipped):
         raise ValueError(_refusal(model, skipped))
     for name, mlp in found.items():
         mlp.patched._ssiuu = _PatchState(name, mlp, backend, neurons)
@@ -253,7 +253,7 @@ class PatchHandle:
         return value
 
     def _check_patched(self) -> None:
-        if not self._mlps:
+        if not self._mlps and self._rows is None:
             raise ValueError("the handle was unpatched; call ssiuu_kernels.patch(model) again")
 
     def _outputs(self) -> dict[tuple[str, str], nn.Module]:

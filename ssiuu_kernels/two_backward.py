@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .one_backward.graph import nodes_under
 from .one_backward.targets import Targets
 from .target_grad import gradient_dtype
 
@@ -22,6 +23,9 @@ class TwoBackward:
 
     def __init__(self, log_probs: Tensor, factor: Tensor, samples: int, targets: Targets):
         self._log_probs, self._factor, self._samples, self._targets = log_probs, factor, samples, targets
+        self._in_float16 = any(
+            output.dtype == torch.float16 for node in nodes_under(log_probs) for output in node._input_metadata
+        )
         self.scale: Tensor | None = None  # by which the loss was multiplied; known once its backward begins
 
     def attach(self) -> Tensor:
@@ -31,12 +35,14 @@ class TwoBackward:
     def fill(self) -> None:
         """Run the backward of `sum_b factor_b s_b`, whose weights do not depend on the loss's own gradient."""
         self._targets.begin(self._samples, self.scale)
-        if not self._samples:
-            return
-        params = list(self._targets.params.values())
+        if self._samples:
+            self._targets.add_all(self._grads_of)
+
+    def _grads_of(self, params: list[Tensor]) -> list[Tensor | None]:
         # Divided by a power of two, P(answer) fits into the float16 of activations; it comes back at the end.
-        exponent = torch.frexp(self._factor.abs().max()).exponent
-        scale = torch.ldexp(torch.ones_like(self._factor[0]), exponent)
+        scale = torch.ones_like(self._factor[0])
+        if self._in_float16:
+            scale = torch.ldexp(scale, torch.frexp(self._factor.abs().max()).exponent)
         try:
             grads = torch.autograd.grad(
                 self._log_probs, params, self._factor / scale, retain_graph=True, allow_unused=True
@@ -48,10 +54,13 @@ class TwoBackward:
                 "the model was compiled and run before it was patched, and torch.compile then gives buffers away that "
                 "a second backward needs; call torch._dynamo.reset(), or patch the model before its first call"
             ) from error
-        for param, grad in zip(params, grads, strict=True):
-            if grad is not None:
-                wide = grad.to(torch.promote_types(gradient_dtype(param), torch.float32))
-                self._targets.add(param, (wide * scale.to(wide)).to(gradient_dtype(param)))
+        if not self._in_float16:
+            return list(grads)
+        wide = (grad if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads)
+        return [
+            grad if grad is None else (grad * scale.to(grad)).to(gradient_dtype(param))
+            for param, grad in zip(params, wide, strict=True)
+        ]
 
 
 class _FillTargets(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """Which dimension of a tensor tells the samples apart, followed from the logits down the autograd graph.
 
-The logits `[B, S, V]` hold one sample per place of their first dimension. Every backward node says by its rule here where
-that dimension is in each of the node's inputs, or that it is lost: the node adds the samples up, reorders them by values,
-or is not known. So a row of a layer's input is never taken for a sample's because of a size alone.
+The logits `[B, S, V]` hold one sample per place of their first dimension. A rule for every kind of backward node says
+where that dimension is in each of the node's inputs, or that it is lost: the node adds the samples up, reorders them by
+values, or is not known. So a row of a layer's input is never taken for a sample's because of a size alone.
 
 The dimension may become a factor of another one (`[B, S, D]` viewed as `[B * S, D]`), which is then
 `outer * B * inner` long, and the sample at place i of it is `(i // inner) % B`.

@@ -1,4 +1,4 @@
-"""The one backward: the loss's derivatives with respect to the log-likelihoods arrive, and the unit gradients go down."""
+"""The one backward: the derivatives with respect to the log-likelihoods arrive, and the unit gradients go down."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ class OneBackward:
         return _Start.apply(leaf, self)
 
     def run(self, weights: Tensor) -> None:
-        """Fill `grad` and `target_grad`, `weights` `[N]` being the derivatives of the loss with respect to the log-likelihoods.
+        """Fill `grad` and `target_grad`.
+
+        Args:
+            weights: derivatives of the loss with respect to the log-likelihoods, `[N]`.
 
         Raises:
             RuntimeError: a second call, a later loss on the same forward, or a parameter edited since the forward;

@@ -13,7 +13,7 @@ from .graph import Part
 
 KINDS = ("grad", "target_grad")
 
-# Relative distance that rounding explains, by the type of a parameter. Rows taken for another sample's give 0.5 and more.
+# Relative distance that rounding explains, by a parameter's type. Rows taken for another sample's give 0.5 and more.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # A gradient that is 0 but for rounding (a key's bias) is held against this part of the whole.
 FLOOR = 1e-3

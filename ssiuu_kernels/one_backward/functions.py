@@ -2,8 +2,8 @@
 
 Each forward is PyTorch's own. Each backward first makes the data gradient, which reads the parameter, and then the
 parameter's: the plain one, by the operations that PyTorch's own autograd calls; or, in the backward of an unlearning
-loss, whose signal is `ds_b` for every sample, the two weighted ones, `dL` (returned to autograd) and `sum_b dP_b` (handed
-to the loss's `Targets`). Nothing is kept for later.
+loss, whose signal is `ds_b` for every sample, the two weighted ones, `dL` (returned to autograd) and `sum_b dP_b`
+(handed to the loss's `Targets`). Nothing is kept for later.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class RowFunction(torch.autograd.Function):
         weights: those of the forward it belongs to; None where no unlearning loss has claimed it.
         layout: in which order its rows are the samples'.
         targets: `Targets` of the loss that has claimed it.
-        rows_grad: the gradient to use in place of the one that autograd brings. Of the layer that made the logits: in the
-            rows that predict an answer token, all others being 0. Of an embedding that was broadcast over the samples:
-            before autograd added them up.
+        rows_grad: the gradient to use in place of the one that autograd brings. Of the layer that made the logits: in
+            the rows that predict an answer token, all others being 0. Of an embedding that was broadcast over the
+            samples: before autograd added them up.
         answers_only: whether `rows_grad` is that of the answers' rows.
     """
 
@@ -230,9 +230,7 @@ class RowLayerNorm(RowFunction):
         x, mean, rstd, weight, bias = ctx.saved_tensors
         rows, wanted = _rows_of(ctx, grad_y.dtype), ctx.needs_input_grad[:3]
         mask = list(wanted) if rows is None else [wanted[0], False, False]
-        grads = list(
-            torch.ops.aten.native_layer_norm_backward(grad_y, x, x.shape[-1:], mean, rstd, weight, bias, mask)
-        )
+        grads = list(torch.ops.aten.native_layer_norm_backward(grad_y, x, x.shape[-1:], mean, rstd, weight, bias, mask))
         if rows is None:
             for place, param in enumerate(ctx.params, start=1):
                 if wanted[place]:

@@ -134,6 +134,10 @@ def _layer_norm(_function, x, normalized_shape, weight=None, bias=None, eps=1e-5
 def _rms_norm(_function, x, normalized_shape, weight=None, eps=None):
     if isinstance(x, RowParameter) or not _is_param(weight) or weight.dim() != 1:
         return NotImplemented
+    if x.dtype == weight.dtype in (torch.float32, torch.float64):
+        normalised = F.rms_norm(x, normalized_shape, None, eps)
+        if normalised.grad_fn is not None and normalised.grad_fn.name() == "MulBackward0":
+            return RowScale.apply(normalised, weight.live, weight.param)  # no kernel of its own here, but these steps
     return RowRMSNorm.apply(x, weight.param, eps)
 
 

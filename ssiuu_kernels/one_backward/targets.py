@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -100,21 +100,41 @@ class Targets:
 
         def release(_grad: Tensor) -> None:
             grad = self._held.pop(id(param), None)
-            if grad is None:
-                return
-            for hook in list(param._backward_hooks.values()):
-                if hook is not release:
-                    changed = hook(grad)
-                    grad = grad if changed is None else changed
-            add_target_grad(param, grad)
+            if grad is not None:
+                hooks = [hook for hook in param._backward_hooks.values() if hook is not release]
+                add_target_grad(param, _through(hooks, grad))
 
         return release
+
+    def add_all(self, grads_of: Callable[[list[nn.Parameter]], Sequence[Tensor | None]]) -> None:
+        """Take whole target gradients, which `grads_of` makes; the parameters' hooks see these, and no other."""
+        params = list(self.params.values())
+        hooks = [dict(param._backward_hooks or {}) for param in params]
+        try:
+            for param, own in zip(params, hooks, strict=True):
+                if own:
+                    param._backward_hooks.clear()
+            grads = grads_of(params)
+        finally:
+            for param, own in zip(params, hooks, strict=True):
+                if own:
+                    param._backward_hooks.update(own)
+        for param, own, grad in zip(params, hooks, grads, strict=True):
+            if grad is not None:
+                add_target_grad(param, _through(own.values(), grad))
 
     def _note_versions(self) -> None:
         for param in self.params.values():
             info = info_of(param)
             if info is not None and param.grad is not None:
                 info.grad_version = param.grad._version
+
+
+def _through(hooks: Iterable[Callable], grad: Tensor) -> Tensor:
+    for hook in hooks:
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    return grad
 
 
 def _is_stale(param: Tensor) -> bool:

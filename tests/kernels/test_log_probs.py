@@ -11,7 +11,7 @@ from .models import logits_of, tiny_batch, tiny_model
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_equals_the_models_own_loss(padding):
-    model, batch = tiny_model(dtype=torch.float64), tiny_batch(padding)
+    model, batch = tiny_model("gpt2", torch.float64), tiny_batch(padding)
     log_probs = sk.sequence_log_probs(logits_of(model, batch), batch["labels"])
     for sample in range(4):
         loss = model(**{name: tensor[sample : sample + 1] for name, tensor in batch.items()}).loss

@@ -5,7 +5,8 @@ import torch
 
 import ssiuu_kernels as sk
 
-from .models import FAMILIES, logits_of, tiny_batch, tiny_model
+from .gradients import distances
+from .models import FAMILIES, logits_of, rounding, tiny_batch, tiny_model
 
 FORGET = torch.tensor([True, False, True, False])
 
@@ -34,15 +35,15 @@ TARGETS = {
 }
 
 
-def assert_equal_gradients(actual, expected):
-    for name, gradient in expected.items():
-        assert torch.allclose(actual[name], gradient, rtol=1e-9, atol=1e-13), name
+def assert_equal_gradients(actual, expected, tolerance=1e-10):
+    worst = max(distances(actual, expected).items(), key=lambda item: item[1])
+    assert worst[1] <= tolerance, worst
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["torch_llama", *FAMILIES])
 def test_both_gradients(family, objective, target, checkpointing):
     model, batch = tiny_model(family, torch.float64), tiny_batch("left")
     handle = sk.patch(model, scope="all")
@@ -52,12 +53,13 @@ def test_both_gradients(family, objective, target, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET, given, target).backward()
-    assert_equal_gradients({n: p.grad for n, p in model.named_parameters()}, loss_gradients)
-    assert_equal_gradients({n: p.target_grad for n, p in model.named_parameters()}, target_gradients)
+    tolerance = rounding(family, torch.float64)
+    assert_equal_gradients({n: p.grad for n, p in model.named_parameters()}, loss_gradients, tolerance)
+    assert_equal_gradients({n: p.target_grad for n, p in model.named_parameters()}, target_gradients, tolerance)
 
 
 def test_scaling_the_loss_scales_the_loss_gradient_alone():
-    model, batch = tiny_model(dtype=torch.float64), tiny_batch()
+    model, batch = tiny_model("torch_llama", torch.float64), tiny_batch()
     handle = sk.patch(model, scope="all")
     loss_gradients = gradients(model, batch, gd)
     target_gradients = gradients(model, batch, TARGETS["prob"])
@@ -67,7 +69,7 @@ def test_scaling_the_loss_scales_the_loss_gradient_alone():
 
 
 def test_both_gradients_accumulate():
-    model, batch = tiny_model(dtype=torch.float64), tiny_batch()
+    model, batch = tiny_model("torch_llama", torch.float64), tiny_batch()
     handle = sk.patch(model, scope="all")
     for _ in range(2):
         handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET).backward()
@@ -99,8 +101,6 @@ def test_a_second_backward_on_one_loss_is_refused():
 
 
 BAD = {
-    "no forget sample": ("forget marks no sample", {"forget": torch.zeros(4, dtype=torch.bool)}),
-    "no retain sample": ("forget marks every sample", {"forget": torch.ones(4, dtype=torch.bool)}),
     "mask of another length": ("bool mask", {"forget": torch.tensor([True, False])}),
     "mask of numbers": ("bool mask", {"forget": torch.ones(4)}),
     "unknown objective": ("simnpo", {"objective": "simnpo"}),

@@ -62,7 +62,7 @@ def short_answers():
 )
 @pytest.mark.parametrize("penalty_weight", [LAMBDA, 0.0])
 def test_adamw_equals_algorithm_1_over_20_steps(penalty_weight, dtype, backend, tolerance):
-    model, batch = tiny_model(dtype=dtype), short_answers()
+    model, batch = tiny_model("torch_llama", dtype), short_answers()
     expected = copy.deepcopy(model)
     expected_values = literal_algorithm_1(expected, batch, 20, penalty_weight)
     handle = sk.patch(model, scope="all", backend=backend)
@@ -82,7 +82,7 @@ def test_adamw_equals_algorithm_1_over_20_steps(penalty_weight, dtype, backend, 
 
 def test_the_penalty_takes_part():
     """Guards the test above: at its weight, the penalty moves the weights by far more than its tolerances."""
-    model, batch = tiny_model(dtype=torch.float64), short_answers()
+    model, batch = tiny_model("torch_llama", torch.float64), short_answers()
     plain = copy.deepcopy(model)
     literal_algorithm_1(model, batch, 20, LAMBDA)
     literal_algorithm_1(plain, batch, 20, 0.0)
@@ -91,7 +91,7 @@ def test_the_penalty_takes_part():
 
 
 def test_penalty_before_another_optimizer_equals_the_fused_one():
-    batch, models = short_answers(), [tiny_model(dtype=torch.float64)]
+    batch, models = short_answers(), [tiny_model("torch_llama", torch.float64)]
     models.append(copy.deepcopy(models[0]))
     fused = sk.SsiuuAdamW(models[0].parameters(), **ADAMW, penalty_weight=LAMBDA)
     plain = torch.optim.AdamW(models[1].parameters(), **ADAMW)
