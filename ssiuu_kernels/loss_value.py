@@ -28,6 +28,8 @@ class UnlearningLoss(Tensor):
                 "backward(inputs=...) would get none; call loss.backward() and read param.grad and param.target_grad, "
                 "or patch with engine='two-backward'"
             )
+        if function is Tensor.__format__:  # a tensor of another class is not formatted as a number
+            return function(_plain(args[0]), *args[1:])
         if backward:  # with subclasses in force: a checkpointed forward that runs again in it needs them
             return function(_plain(args[0]), *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():

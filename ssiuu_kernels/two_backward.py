@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .compiled import refuse_donated_buffers
 from .one_backward.graph import nodes_under
 from .one_backward.targets import Targets
 from .target_grad import gradient_dtype
@@ -23,9 +24,9 @@ class TwoBackward:
 
     def __init__(self, log_probs: Tensor, factor: Tensor, samples: int, targets: Targets):
         self._log_probs, self._factor, self._samples, self._targets = log_probs, factor, samples, targets
-        self._in_float16 = any(
-            output.dtype == torch.float16 for node in nodes_under(log_probs) for output in node._input_metadata
-        )
+        nodes = nodes_under(log_probs)
+        refuse_donated_buffers(nodes)
+        self._in_float16 = any(output.dtype == torch.float16 for node in nodes for output in node._input_metadata)
         self.scale: Tensor | None = None  # by which the loss was multiplied; known once its backward begins
 
     def attach(self) -> Tensor:
@@ -43,17 +44,7 @@ class TwoBackward:
         scale = torch.ones_like(self._factor[0])
         if self._in_float16:
             scale = torch.ldexp(scale, torch.frexp(self._factor.abs().max()).exponent)
-        try:
-            grads = torch.autograd.grad(
-                self._log_probs, params, self._factor / scale, retain_graph=True, allow_unused=True
-            )
-        except RuntimeError as error:
-            if "donated" not in str(error):
-                raise
-            raise RuntimeError(
-                "the model was compiled and run before it was patched, and torch.compile then gives buffers away that "
-                "a second backward needs; call torch._dynamo.reset(), or patch the model before its first call"
-            ) from error
+        grads = torch.autograd.grad(self._log_probs, params, self._factor / scale, retain_graph=True, allow_unused=True)
         if not self._in_float16:
             return list(grads)
         wide = (grad if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..compiled import keep_buffers, release_buffers
 from .parameter import install, remove
 
 
@@ -27,6 +28,7 @@ class RowForwards:
         ]
         for module in self._modules:
             install(module)
+        keep_buffers()
         self._dtypes: list[tuple[nn.Parameter, torch.dtype]] = []
         for param in model.parameters() if grad_dtype is not None else ():
             if param.requires_grad and param.dtype in (torch.bfloat16, torch.float16):
@@ -35,6 +37,7 @@ class RowForwards:
 
     def remove(self) -> None:
         """Leave the model as it was."""
+        release_buffers()
         for module in self._modules:
             remove(module)
         for param, dtype in self._dtypes:

@@ -169,7 +169,8 @@ def expected_gradients(model, ids, labels, forget):
 
 def assert_close(actual, expected):
     known = {name: grad for name, grad in expected.items() if grad is not None}
-    size = sum(grad.square().sum() for grad in known.values()).sqrt().clamp(min=1e-12)
+    # Where samples' gradients cancel, rounding is that of what cancels, which is of order 1.
+    size = sum(grad.square().sum() for grad in known.values()).sqrt().clamp(min=1e-5)
     for name, grad in known.items():
         found = torch.zeros_like(grad) if actual[name] is None else actual[name]
         assert ((found - grad).norm() / size).item() <= 1e-9, name
