@@ -45,21 +45,8 @@ class Edge(NamedTuple):
     separates: Callable[[Tensor], bool] | None
 
 
+# The axis in an operation's input, from the axis in its output; None where it is lost, or not known.
 Rule = Callable[[Edge, Axis], Axis | None]
-
-
-def axis_of_input(edge: Edge, axis: Axis) -> Axis | None:
-    """The axis in an operation's input, from the axis in its output; None where it is lost or not known."""
-    rule = RULES.get(edge.node.name())
-    try:
-        return None if rule is None else rule(edge, axis)
-    except AttributeError:  # another version of torch saves other things in this node
-        return None
-
-
-def is_known(node) -> bool:
-    """Whether there is a rule for this node."""
-    return node.name() in RULES
 
 
 def flattened(axis: Axis, lead: Shape) -> int:
@@ -77,7 +64,7 @@ def _wrapped(dim: int, dims: int) -> int:
     return dim + dims if dim < 0 else dim
 
 
-def _elementwise(edge: Edge, axis: Axis) -> Axis | None:
+def elementwise(edge: Edge, axis: Axis) -> Axis | None:
     """The same places; lost where the input is broadcast along the axis."""
     dim = axis.dim - (len(edge.output) - len(edge.input))
     return Axis(dim, axis.inner) if dim >= 0 and edge.input[dim] == edge.output[axis.dim] else None
@@ -164,7 +151,7 @@ def _matrix_product(edge: Edge, axis: Axis, first: int = 0) -> Axis | None:
 
 
 def _added_matrix_product(edge: Edge, axis: Axis) -> Axis | None:
-    return _elementwise(edge, axis) if edge.index == 0 else _matrix_product(edge, axis, first=1)
+    return elementwise(edge, axis) if edge.index == 0 else _matrix_product(edge, axis, first=1)
 
 
 def _attention(edge: Edge, axis: Axis) -> Axis | None:
@@ -235,7 +222,7 @@ RULES: dict[str, Rule] = {
             }.items()
             for variant in variants
         ],
-        _elementwise,
+        elementwise,
     ),
     **dict.fromkeys(
         ["ReshapeAliasBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0"]

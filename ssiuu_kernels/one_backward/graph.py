@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ..log_probs import answer_log_probs
 from ..ops.wgrad_pair.reference import scaled
-from .axes import Axis, Edge, axis_of_input, flattened, is_known
+from .axes import RULES, Axis, Edge, Rule, Shape, elementwise, flattened
 from .functions import RowEmbedding, RowFunction, RowLinear
 from .masks import Separation
 from .row_weights import Layout, RowWeights
@@ -97,9 +99,9 @@ class Followed:
         self.reason: str | None = None
         self._axes: dict[tuple[object, int], Axes] = {}
         self._uses: dict[object, int] = {}
-        self._shapes: dict[tuple[object, int], tuple[int, ...]] = {}
+        self._shapes: dict[tuple[object, int], Shape] = {}
         root = part.logits.grad_fn, part.logits.output_nr
-        self._axes[root], self._shapes[root] = part.weights.axes, tuple(part.logits.shape)
+        self._axes[root], self._shapes[root] = part.weights.axes, list(part.logits.shape)
         waiting = [root]
         while waiting and self.reason is None:
             waiting += self._visit(*waiting.pop())
@@ -112,10 +114,10 @@ class Followed:
         """Follow the samples from one output of a node into its inputs; those that were not seen before."""
         self.nodes[node] = None
         axes, shape = self._axes[node, number], self._shapes[node, number]
-        ours = is_ours(node)
+        ours, rule = _kind(type(node))
         if ours and not self._laid_out(node, axes, shape):
             return []
-        if not ours and not is_known(node) and hasattr(node, "_forward_cls"):
+        if not ours and rule is None and hasattr(node, "_forward_cls"):
             # It may run a backward of its own, with parameters that are not in this graph.
             self.reason = f"{node.name()} is a function that is not known"
             return []
@@ -124,14 +126,14 @@ class Followed:
             if below is None or (ours and index > 0):  # the others are the parameters, or made of them
                 continue
             leaf = getattr(below, "variable", None)
-            below_shape = tuple(leaf.shape if leaf is not None else below._input_metadata[below_number].shape)
-            if isinstance(leaf, nn.Parameter):
+            if leaf is not None and isinstance(leaf, nn.Parameter):
                 self.reason = self._used_by(leaf, node)
                 return []
+            below_shape = below._input_metadata[below_number].shape if leaf is None else list(leaf.shape)
             self._uses[below] = self._uses.get(below, 0) + 1
-            below_axes = axes if ours else self._into(node, index, axes, shape, below_shape)
+            below_axes = axes if ours else self._into(node, rule, index, axes, shape, below_shape)
             if below_axes is None:
-                if _is_broadcast_embedding(node, below):
+                if _is_broadcast_embedding(node, below) and below_shape[-1] == shape[-1]:
                     self.nodes[below] = None
                     self.broadcasts[below] = node
                     self.layouts[below] = _layout(axes, shape[:-1])
@@ -152,17 +154,24 @@ class Followed:
                 found.append((below, below_number))
         return found
 
-    def _into(self, node, index: int, axes: Axes, shape, below_shape) -> Axes | None:
+    def _into(self, node, rule: Rule | None, index: int, axes: Axes, shape: Shape, below_shape: Shape) -> Axes | None:
+        """The axes in an input of a node, from those in its output; None where one is lost or not known."""
+        if not axes or (rule is elementwise and shape == below_shape):
+            return axes
+        if rule is None:
+            return None
         found = []
         for axis, count, separates in zip(axes, self._counts, self._separations, strict=True):
-            edge = Edge(node, index, shape, below_shape, count, separates)
-            into = axis_of_input(edge, axis)
+            try:
+                into = rule(Edge(node, index, shape, below_shape, count, separates), axis)
+            except AttributeError:  # another version of torch saves other things in this node
+                into = None
             if into is None:
                 return None
             found.append(into)
         return tuple(found)
 
-    def _laid_out(self, node, axes: Axes, shape: tuple[int, ...]) -> bool:
+    def _laid_out(self, node, axes: Axes, shape: Shape) -> bool:
         """Note the rows of a node of ours; false where its features, and not its rows, are the samples'."""
         if any(axis.dim >= len(shape) - 1 for axis in axes):
             self.reason = f"{self._params(node)} ran with samples among the features"
@@ -217,10 +226,7 @@ def _weigh(weights: RowWeights, layout: Layout) -> Callable:
 
 
 def _layout(axes: Axes, lead: Sequence[int]) -> Layout:
-    count = 1
-    for length in lead:
-        count *= length
-    return Layout(count, tuple(flattened(axis, lead) for axis in axes))
+    return Layout(math.prod(lead), tuple(flattened(axis, lead) for axis in axes))
 
 
 def _is_broadcast_embedding(node, below) -> bool:
@@ -297,7 +303,14 @@ def refuse_another_model(logits: Sequence[Tensor], targets: Targets) -> None:
 
 def is_ours(node) -> bool:
     """Whether this node is of one of the functions in `functions.py`."""
-    return issubclass(getattr(node, "_forward_cls", object), RowFunction)
+    return _kind(type(node))[0]
+
+
+@lru_cache(512)  # torch.compile makes new types without end
+def _kind(node_type: type) -> tuple[bool, Rule | None]:
+    """Whether nodes of this type are ours, and the rule for others. Every kind of node has a type of its own."""
+    ours = issubclass(getattr(node_type, "_forward_cls", object), RowFunction)
+    return ours, None if ours else RULES.get(node_type.__name__)
 
 
 def nodes_under(root: Tensor, stop=None) -> list:

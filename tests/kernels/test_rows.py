@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ssiuu_kernels as sk
+from ssiuu_kernels.one_backward import graph
+from ssiuu_kernels.one_backward.functions import RowFunction
 
 from .gradients import FORGET, TARGET, assert_equal_gradients, both_gradients, distances
 from .models import logits_of, tiny_batch, tiny_model
@@ -237,6 +239,26 @@ def test_as_many_images_as_samples_but_not_one_each(place):
     assert engine_of(Model(Prompted(place))) == "two-backward"
 
 
+class LoRA(nn.Module):
+    """As PEFT's: a frozen layer, and two small ones beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer, self.lora_A = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2, bias=False)
+        self.lora_B, self.dropout = nn.Linear(2, WIDTH, bias=False), nn.Dropout(0.0)
+        self.base_layer.requires_grad_(False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x))) * 2.0
+
+
+def test_adapters_take_one_backward():
+    model = Model(nn.Sequential(LoRA(), nn.Tanh(), LoRA()))
+    model.embedding.requires_grad_(False)
+    model.head.requires_grad_(False)
+    assert engine_of(model) == "one-backward"
+
+
 @pytest.mark.parametrize("apart", [True, False], ids=["a mask for each sample", "a mask of ones"])
 def test_packed_samples_are_apart_where_the_mask_says_so(apart):
     model = tiny_model("torch_llama", torch.float64)
@@ -273,13 +295,16 @@ def test_checked_compares_both_engines():
             assert max(distances(found, {name: 2 * grad for name, grad in once.items()}).values()) <= 1e-12
 
 
-def test_checked_refuses_what_differs_and_leaves_gradients_alone(monkeypatch):
-    from ssiuu_kernels.one_backward import axes
+def apart(_edge, axis):
+    return axis
 
-    # A rule that is wrong: samples averaged are taken for samples apart.
-    monkeypatch.setitem(axes.RULES, "MeanBackward1", lambda edge, axis: axis)
-    model = Model(Layer(after=lambda y: y - y.mean(0, keepdim=True).expand_as(y))).double()
-    monkeypatch.setitem(axes.RULES, "ExpandBackward0", lambda edge, axis: axis)
+
+def test_checked_refuses_what_differs_and_leaves_gradients_alone(monkeypatch):
+    # A rule that is wrong: a softmax over samples is taken for one of each sample.
+    monkeypatch.setattr(
+        graph, "_kind", lambda node: (issubclass(getattr(node, "_forward_cls", object), RowFunction), apart)
+    )
+    model = Model(Layer(after=lambda y: y.softmax(0))).double()
     ids, labels = batch_of()
     handle = sk.patch(model, scope="all", engine="checked")
     loss = handle.unlearning_loss(model(ids), labels, FORGET, target=TARGET)
