@@ -20,7 +20,7 @@ def source(tmp_path_factory):
     """A copy of the checkout without what git ignores, so that the checkout's own build is left alone."""
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     copy = tmp_path_factory.mktemp("source") / "checkout"
-    return shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".ci", ".github", ".gitignore", *ignored))
+    return shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".ci", ".gitignore", *ignored))
 
 
 def build(source, *arguments, **environment):
