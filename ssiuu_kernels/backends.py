@@ -86,7 +86,7 @@ def _native_availability() -> Availability:
     if lacks:
         return Availability(
             False,
-            f"the native module was built for {info['cpu_isa']}, but this CPU lacks {lacks}: "
+            f"the native module was built for a CPU with {lacks}, which this one lacks: "
             "build it on this machine with `pip install .`",
         )
     cuda = f"for {info['cuda_archs']}" if info["cuda"] else f"not built ({info['why_no_cuda']})"
