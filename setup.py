@@ -2,8 +2,10 @@
 
 Environment variables:
   SSIUU_CUDA        0 leaves the CUDA kernels out; otherwise they are built where nvcc is found (no GPU needed).
-  SSIUU_CUDA_ARCHS  CUDA architectures, ";"-separated (default "80;90a").
-  SSIUU_CPU_ARCH    value of -march for the CPU kernels (default "native"; "x86-64-v3" for a portable wheel).
+  SSIUU_CUDA_ARCHS  CUDA architectures, ";"-separated (default "80;90a"); those that nvcc lacks are left out.
+  SSIUU_CPU_ARCH    value of -march for the CPU kernels (default "native", where the compiler takes it; "x86-64-v3"
+                    for a portable wheel).
+  CXX               the C++ compiler: GCC or clang.
 """
 
 import os

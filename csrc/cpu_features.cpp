@@ -11,9 +11,11 @@ namespace ssiuu::cpu {
 namespace {
 
 #if defined(__x86_64__)
-bool cpuid_ecx(unsigned leaf, int bit) {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid(leaf, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> bit & 1) != 0;
+enum Register { kEax, kEbx, kEcx, kEdx };
+
+bool cpuid(unsigned leaf, unsigned subleaf, Register index, int bit) {
+  unsigned r[4] = {};
+  return __get_cpuid_count(leaf, subleaf, &r[kEax], &r[kEbx], &r[kEcx], &r[kEdx]) != 0 && (r[index] >> bit & 1) != 0;
 }
 #elif defined(__aarch64__) && defined(__linux__)
 bool hwcap(unsigned long mask) { return (getauxval(AT_HWCAP) & mask) != 0; }

@@ -69,7 +69,8 @@ def _why_no_native_module() -> str | None:
     if importlib.util.find_spec(NATIVE_MODULE) is None:
         return "the native module is not built: install the package with `pip install .`"
     if (error := _why_not_importable(NATIVE_MODULE)) is not None:
-        return f"the native module cannot be loaded ({error}): build it on this machine with `pip install .`"
+        advice = "install what is missing, or build it here with `pip install .`"
+        return f"the native module cannot be loaded ({error}): {advice}"
     return None
 
 

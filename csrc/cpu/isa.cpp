@@ -3,9 +3,9 @@
 
 namespace ssiuu::cpu {
 
-// The text of a macro that is defined is "1"; of one that is not, its name.
+// The text of a macro that is defined is its value, a number; of one that is not, its name.
 #define SSIUU_TEXT(macro) #macro
-#define SSIUU_COMPILED(macro, name, present) SSIUU_TEXT(macro)[0] == '1',
+#define SSIUU_COMPILED(macro, name, present) SSIUU_TEXT(macro)[0] != '_',
 
 const bool kCompiledFeatures[] = {SSIUU_CPU_FEATURES(SSIUU_COMPILED) false};
 
