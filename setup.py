@@ -2,8 +2,10 @@
 
 Environment variables:
   SSIUU_CUDA        0 leaves the CUDA kernels out; otherwise they are built where nvcc is found (no GPU needed).
-  SSIUU_CUDA_ARCHS  CUDA architectures, ";"-separated (default "80;90a").
-  SSIUU_CPU_ARCH    value of -march for the CPU kernels (default "native"; "x86-64-v3" for a portable wheel).
+  SSIUU_CUDA_ARCHS  CUDA architectures, ";"-separated (default "80;90a"); those that nvcc lacks are left out.
+  SSIUU_CPU_ARCH    value of -march for the CPU kernels (default "native", where the compiler takes it; "x86-64-v3"
+                    for a portable wheel).
+  CXX               the C++ compiler: GCC or clang.
 """
 
 import os
@@ -14,7 +16,11 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+
+if sys.platform in ("win32", "cygwin"):
+    raise SystemExit("ssiuu-kernels: Windows is not supported; use Linux (WSL too) or macOS.")
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,6 +46,14 @@ def check_compiler() -> None:
 def run(command: list[str]) -> None:
     if subprocess.run(command).returncode != 0:
         raise SystemExit(f"ssiuu-kernels: the native module was not built; `{command[0]}` says why above.")
+
+
+class FreshBuild(build):
+    def run(self) -> None:
+        # A module of an earlier build that has been removed since would go into the wheel.
+        if Path(self.build_lib).is_relative_to(self.build_base):
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -69,5 +83,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension("ssiuu_kernels._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
 )

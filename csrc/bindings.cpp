@@ -7,6 +7,10 @@
 #include <string>
 #include <vector>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "ssiuu/cpu_features.h"
 #include "ssiuu/kernels.h"
 
@@ -122,38 +126,10 @@ void define_op(py::module_& m, const std::string& op, typename Launcher<Params>:
         no_gil, py::arg(names)..., py::arg("workspace"), py::arg("stream"));
 }
 
-bool cpu_has(const std::string& feature) {
-#if defined(__x86_64__)
-  // __builtin_cpu_supports takes literals only.
-  if (feature == "avx2") return __builtin_cpu_supports("avx2");
-  if (feature == "fma") return __builtin_cpu_supports("fma");
-  if (feature == "bmi2") return __builtin_cpu_supports("bmi2");
-  if (feature == "avx512f") return __builtin_cpu_supports("avx512f");
-  if (feature == "avx512dq") return __builtin_cpu_supports("avx512dq");
-  if (feature == "avx512bw") return __builtin_cpu_supports("avx512bw");
-  if (feature == "avx512vl") return __builtin_cpu_supports("avx512vl");
-#endif
-  return false;
-}
-
-bool cpu_supported() {
-  for (const char* const* feature = ssiuu::cpu::kCompiledFeatures; *feature != nullptr; ++feature) {
-    if (!cpu_has(*feature)) return false;
-  }
-  return true;
-}
-
-std::string cpu_isa() {
-  std::string isa;
-  for (const char* const* feature = ssiuu::cpu::kCompiledFeatures; *feature != nullptr; ++feature) {
-    isa += (isa.empty() ? "" : " ") + std::string(*feature);
-  }
-  return isa.empty() ? "baseline" : isa;
-}
-
 py::dict build_info() {
   py::dict info;
-  info["cpu_isa"] = cpu_isa();
+  const std::string features = ssiuu::cpu::compiled_features();
+  info["cpu_isa"] = features.empty() ? "baseline" : features;
 #if defined(_OPENMP)
   info["openmp"] = true;
 #else
@@ -162,9 +138,11 @@ py::dict build_info() {
 #if defined(SSIUU_WITH_CUDA)
   info["cuda"] = true;
   info["cuda_archs"] = SSIUU_CUDA_ARCHS;
+  info["why_no_cuda"] = "";
 #else
   info["cuda"] = false;
   info["cuda_archs"] = "";
+  info["why_no_cuda"] = SSIUU_WHY_NO_CUDA;
 #endif
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
@@ -172,6 +150,12 @@ py::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   return info;
+}
+
+void set_num_threads([[maybe_unused]] int count) {
+#if defined(_OPENMP)
+  omp_set_num_threads(count);
+#endif
 }
 
 }  // namespace
@@ -203,5 +187,6 @@ PYBIND11_MODULE(_native, m) {
 #endif
 
   m.def("build_info", &build_info, "What the module was compiled with.");
-  m.def("cpu_supported", &cpu_supported, "Whether this CPU has every instruction set extension compiled for.");
+  m.def("cpu_lacks", &ssiuu::cpu::missing_features, "Instruction set extensions compiled for that this CPU lacks.");
+  m.def("set_num_threads", &set_num_threads, py::arg("count"), "How many threads the calling thread's kernels use.");
 }

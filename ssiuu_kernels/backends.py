@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+NATIVE_MODULE = "ssiuu_kernels._native"
 BACKENDS = ("reference", "native", "triton")
 # By device type. On a GPU no order has been measured yet; Triton's compiler is the one with more users.
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
@@ -48,24 +49,48 @@ def register(op: str, backend: str, run: Callable, why_not: Callable[..., str | 
 
 
 @cache
+def _why_not_importable(module: str) -> str | None:
+    """What importing the installed `module` raises, in one line, or None. A damaged build costs its backend alone."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return None
+
+
+@cache
 def native_module() -> ModuleType | None:
-    """The compiled module, or None where the package was not built."""
-    if importlib.util.find_spec("ssiuu_kernels._native") is None:
-        return None
-    return importlib.import_module("ssiuu_kernels._native")
+    """The compiled module, or None where it was not built or cannot be loaded."""
+    return None if _why_no_native_module() else importlib.import_module(NATIVE_MODULE)
+
+
+@cache
+def _why_no_native_module() -> str | None:
+    if importlib.util.find_spec(NATIVE_MODULE) is None:
+        return "the native module is not built: install the package with `pip install .`"
+    if (error := _why_not_importable(NATIVE_MODULE)) is not None:
+        advice = "install what is missing, or build it here with `pip install .`"
+        return f"the native module cannot be loaded ({error}): {advice}"
+    return None
 
 
 @cache
 def _native_availability() -> Availability:
+    if (reason := _why_no_native_module()) is not None:
+        return Availability(False, reason)
     native = native_module()
-    if native is None:
-        return Availability(False, "the native module is not built: install the package with `pip install .`")
-    info = native.build_info()
-    if not native.cpu_supported():
+    try:
+        info, lacks = native.build_info(), native.cpu_lacks()
+    except AttributeError:
+        reason = "the native module is of another version of this package: build it again with `pip install .`"
+        return Availability(False, reason)
+    if lacks:
         return Availability(
-            False, f"built for {info['cpu_isa']}, which this CPU lacks: rebuild with SSIUU_CPU_ARCH=x86-64-v2"
+            False,
+            f"the native module was built for a CPU with {lacks}, which this one lacks: "
+            "build it on this machine with `pip install .`",
         )
-    cuda = f"for {info['cuda_archs']}" if info["cuda"] else "not built"
+    cuda = f"for {info['cuda_archs']}" if info["cuda"] else f"not built ({info['why_no_cuda']})"
     return Availability(True, f"CPU kernels for {info['cpu_isa']}; CUDA kernels {cuda}")
 
 
@@ -77,10 +102,12 @@ def triton_interprets() -> bool:
 def _triton_availability() -> Availability:
     if importlib.util.find_spec("triton") is None:
         return Availability(False, "triton is not installed: `pip install triton`")
+    if not triton_interprets() and not torch.cuda.is_available():
+        return Availability(False, "torch sees no GPU")
+    if (error := _why_not_importable("triton")) is not None:
+        return Availability(False, f"triton cannot be loaded ({error}): install it again")
     if triton_interprets():
         return Availability(True, "Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1): for tests, very slow")
-    if not torch.cuda.is_available():
-        return Availability(False, "torch sees no GPU")
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
         return Availability(False, "compute capability {}.{}; 8.0 or higher is needed".format(*capability))

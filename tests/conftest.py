@@ -1,6 +1,8 @@
 """Fresh random inputs for every test, and outputs that start as NaN."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ if not torch.cuda.is_available():
 
     round_to_nearest()
 
+# What is worth keeping between runs lies in the checkout, where git ignores it and `make clean` removes it.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "torchinductor"))
+
 # Tiny tensors gain nothing from a second thread, and lose much where the cores are busy.
 torch.set_num_threads(1)
 
@@ -23,6 +28,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _temporary_folder(tmp_path_factory):
+    """Whatever libraries and subprocesses leave behind goes where pytest removes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
+        patch.setattr(tempfile, "tempdir", None)  # to be found again, from TMPDIR
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,29 +1,12 @@
+// Compiled with the flags of the kernels, of which it makes the record.
 #include "ssiuu/cpu_features.h"
 
 namespace ssiuu::cpu {
 
-const char* const kCompiledFeatures[] = {
-#if defined(__AVX2__)
-    "avx2",
-#endif
-#if defined(__FMA__)
-    "fma",
-#endif
-#if defined(__BMI2__)
-    "bmi2",
-#endif
-#if defined(__AVX512F__)
-    "avx512f",
-#endif
-#if defined(__AVX512DQ__)
-    "avx512dq",
-#endif
-#if defined(__AVX512BW__)
-    "avx512bw",
-#endif
-#if defined(__AVX512VL__)
-    "avx512vl",
-#endif
-    nullptr};
+// The text of a macro that is defined is its value, a number; of one that is not, its name.
+#define SSIUU_TEXT(macro) #macro
+#define SSIUU_COMPILED(macro, name, present) SSIUU_TEXT(macro)[0] != '_',
+
+const bool kCompiledFeatures[] = {SSIUU_CPU_FEATURES(SSIUU_COMPILED) false};
 
 }  // namespace ssiuu::cpu

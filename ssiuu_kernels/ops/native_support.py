@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -26,12 +28,32 @@ def why_not(*tensors: Tensor | None) -> str | None:
 
 
 def _why_no_cuda(device: torch.device) -> str | None:
-    if not native_module().build_info()["cuda"]:
-        return "the native module was built without CUDA: rebuild it where nvcc is found, and without SSIUU_CUDA=0"
+    info = native_module().build_info()
+    if not info["cuda"]:
+        why = info["why_no_cuda"]
+        return f"the native module was built without CUDA kernels ({why}): change that, and build it again"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return "compute capability {}.{}; 8.0 or higher is needed".format(*capability)
+    if not any(_runs_on(capability, architecture) for architecture in info["cuda_archs"].split()):
+        return (
+            "compute capability {}.{}, but the CUDA kernels were built for {}: "
+            "build them with SSIUU_CUDA_ARCHS={}{}".format(*capability, info["cuda_archs"], *capability)
+        )
     return None
+
+
+def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
+    """Whether code for `architecture`, one of CMake's names, runs on a device: its PTX on later ones too."""
+    parts = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
+    if parts is None:
+        return True  # "native", "all": the compiler's own choice, which only a launch can try
+    major, minor = int(parts[1]), int(parts[2])
+    if parts[3] == "a":
+        return capability == (major, minor)
+    if parts[3] == "f" or parts[4] == "-real":
+        return capability[0] == major and capability[1] >= minor
+    return capability >= (major, minor)
 
 
 def uses_cuda(tensor: Tensor) -> bool:
@@ -48,6 +70,9 @@ def call(op: str, like: Tensor, *arguments: float, workspace: tuple[int, ...] | 
     """
     native = native_module()
     if not uses_cuda(like):
+        # As many threads as torch, also where the module's OpenMP library is not torch's: clang's beside GCC's, or the
+        # system's beside a copy of torch's own.
+        native.set_num_threads(torch.get_num_threads())
         getattr(native, f"{op}_cpu")(*arguments)
         return
     size = 0 if workspace is None else getattr(native, f"{op}_workspace_bytes")(*workspace)

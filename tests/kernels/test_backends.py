@@ -32,10 +32,17 @@ def test_a_backend_that_cannot_run_raises_with_its_reason(monkeypatch):
 
 @pytest.mark.parametrize(
     ("built", "capability", "reason"),
-    [(False, (9, 0), "built without CUDA"), (True, (7, 5), "compute capability 7.5; 8.0 or higher is needed")],
+    [
+        (False, (9, 0), "built without CUDA kernels (no nvcc)"),
+        (True, (7, 5), "compute capability 7.5; 8.0 or higher is needed"),
+    ],
 )
 def test_native_on_a_gpu_that_cannot_run_it(monkeypatch, built, capability, reason):
-    monkeypatch.setattr(native_support, "native_module", lambda: SimpleNamespace(build_info=lambda: {"cuda": built}))
+    monkeypatch.setattr(
+        native_support,
+        "native_module",
+        lambda: SimpleNamespace(build_info=lambda: {"cuda": built, "why_no_cuda": "no nvcc"}),
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
     assert reason in native_support.why_not(tensor)

@@ -1,5 +1,6 @@
 """The compiled module by itself: what it says of its build, and its kernels called with raw pointers."""
 
+import ctypes
 import math
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssiuu_kernels import _native
+from ssiuu_kernels import _native, ops
 from ssiuu_kernels.ops.penalty.scalars import step_scalars
 
 ROOT = Path(__file__).parents[2]
@@ -45,14 +46,16 @@ def test_build_info_describes_the_build():
         "openmp": bool,
         "cuda": bool,
         "cuda_archs": str,
+        "why_no_cuda": str,
         "compiler": str,
     }
     assert re.fullmatch(r"(gcc|clang) \d+\..*", info["compiler"])
     assert info["cuda"] == bool(info["cuda_archs"])
+    assert info["cuda"] != bool(info["why_no_cuda"])
 
 
 def test_this_cpu_runs_what_was_compiled_for_it():
-    assert _native.cpu_supported() is True
+    assert _native.cpu_lacks() == ""
 
 
 def test_module_does_not_link_torch():
@@ -87,6 +90,18 @@ def with_threads(count, function):
         return function()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not _native.build_info()["openmp"], reason="built without OpenMP: one thread")
+def test_kernels_use_as_many_threads_as_torch():
+    """Whichever OpenMP library the module uses: clang's is not torch's, nor is the system's where torch renames it."""
+    runtime, x = ctypes.CDLL(_native.__file__), torch.randn(2, 3)
+
+    def threads():
+        ops.glu_forward(x, x, backend="native")
+        return runtime.omp_get_max_threads()
+
+    assert [with_threads(count, threads) for count in (3, 1)] == [3, 1]
 
 
 def test_hidden_backward_does_not_depend_on_the_thread_count():

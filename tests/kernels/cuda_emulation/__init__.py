@@ -14,14 +14,14 @@ import os
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
 
 COMPILER = shutil.which("g++")
-CSRC = Path(__file__).parents[3] / "csrc"
+ROOT = Path(__file__).parents[3]
+CSRC = ROOT / "csrc"
 SHIM = Path(__file__).parent / "shim"
 GUARD = b"\xa5" * 256
 
@@ -33,10 +33,13 @@ def emulated_module():
     digest = hashlib.sha256()
     for path in sorted([*CSRC.rglob("*.*"), *SHIM.rglob("*.*"), Path(__file__)]):
         digest.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"ssiuu-cuda-emulation-{os.getuid()}-{digest.hexdigest()[:16]}"
+    folder = ROOT / "build" / "cuda-emulation" / digest.hexdigest()[:16]
     library = folder / "_native.so"
     if not library.exists():
-        folder.mkdir(exist_ok=True)
+        for outdated in folder.parent.glob("*"):
+            if outdated != folder:
+                shutil.rmtree(outdated, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(lambda source: _compile(source, folder), sources))
         partial = folder / f"{os.getpid()}.so"
