@@ -4,53 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
-from . import attribution, backends, loss
-from .hidden import FORMS, ObservedHidden, Observer
+from . import backends, loss
+from .attribution import Attribution
 from .loss import ENGINES, ONE_BACKWARD, GradientPath, Tensors
 from .neuron_level import NeuronLevel
 from .objectives import Objective
 from .one_backward.installed import RowForwards
 from .ops import NeuronScores
-from .structure import Mlp, attention_outputs, find_mlps
+from .patched_forward import is_patched, keep_to_itself, release
+from .patched_mlp import PatchedMlp
+from .structure import find_mlps, is_encoder_decoder
 
 logger = logging.getLogger(__name__)
 SCOPES = ("mlp", "all")
 LEVELS = ("parameter", "neuron")
-
-
-class _PatchState:
-    """What the patched forward of one MLP needs; kept on the module, so that a deep copy of the model works too."""
-
-    def __init__(self, name: str, mlp: Mlp, backend: str, observer: Observer | None):
-        self.name, self.form = name, FORMS[mlp.form]
-        self.options = {"activation": mlp.activation, "backend": backend}
-        self.observer = observer  # `attribute` puts a recorder here for the length of one pass
-
-    def hidden(self, *inputs: Tensor) -> Tensor:
-        if self.observer is None:
-            return self.form.forward(*inputs, **self.options)
-        return ObservedHidden.apply(self.observer, self.name, self.form, self.options, *inputs)
-
-
-# The projections are called as modules: their hooks and autocast rules stay in force.
-def _gated_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return self.down_proj(self._ssiuu.hidden(self.gate_proj(x), self.up_proj(x)))
-
-
-def _packed_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return self.down_proj(self._ssiuu.hidden(self.gate_up_proj(x)))
-
-
-def _activation_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return self._ssiuu.hidden(x)
-
-
-_FORWARDS = {"gated": _gated_forward, "packed": _packed_forward, "ungated": _activation_forward}
 
 
 def patch(
@@ -108,19 +79,26 @@ def patch(
     if grad_dtype is not None and not hasattr(torch.Tensor, "grad_dtype"):
         raise ValueError(f"grad_dtype={grad_dtype} needs torch 2.10 or newer, and this is {torch.__version__}")
     backends.check_backend(backend)
-    if any(hasattr(module, "_ssiuu") for module in model.modules()):
+    if any(is_patched(module) for module in model.modules()):
         raise ValueError("model is already patched; call unpatch() on the handle of the first patch")
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, which shifts its labels itself; expected a causal language "
+            "model"
+        )
     neurons = NeuronLevel(penalty_weight, forget_samples) if level == "neuron" else None
     found, skipped = find_mlps(model)
-    if not found or (strict and skipped):
+    if strict and skipped:
         raise ValueError(_refusal(model, skipped))
-    for name, mlp in found.items():
-        mlp.patched._ssiuu = _PatchState(name, mlp, backend, neurons)
-        mlp.patched.forward = MethodType(_FORWARDS[mlp.form], mlp.patched)
+    if not found and (scope == "mlp" or level == "neuron"):
+        needs = "level 'neuron' needs one" if level == "neuron" else "scope 'all' needs none for unlearning_loss"
+        raise ValueError(f"{_refusal(model, skipped)}; {needs}")
+    mlps = {name: PatchedMlp(name, mlp, backend, neurons) for name, mlp in found.items()}
     if skipped:
         logger.warning("patched %d MLPs and skipped %d: see handle.skipped", len(found), len(skipped))
     rows = RowForwards(model, skipped, grad_dtype) if level == "parameter" else None
-    return PatchHandle(model, found, skipped, scope, backend, neurons, engine, rows)
+    keep_to_itself(model)
+    return PatchHandle(model, mlps, skipped, scope, backend, neurons, engine, rows)
 
 
 def _refusal(model: nn.Module, skipped: dict[str, str]) -> str:
@@ -146,7 +124,7 @@ class PatchHandle:
     def __init__(
         self,
         model: nn.Module,
-        mlps: dict[str, Mlp],
+        mlps: dict[str, PatchedMlp],
         skipped: dict[str, str],
         scope: str,
         backend: str,
@@ -154,17 +132,24 @@ class PatchHandle:
         engine: str,
         rows: RowForwards | None,
     ):
-        self._model, self._mlps, self._backend, self._rows = model, mlps, backend, rows
+        self._model, self._mlps, self._rows, self._is_patched = model, mlps, rows, True
+        self._attribution = Attribution(model, mlps, scope == "all", backend)
         self.path: GradientPath | None = None
         self.patched, self.skipped, self.scope, self.engine, self.neurons = list(mlps), skipped, scope, engine, neurons
 
     def unpatch(self) -> None:
-        """Give the modules their own forward back. A second call does nothing."""
+        """Give the modules their own forward back, and drop the target gradients. A second call does nothing."""
+        if not self._is_patched:
+            return
         for mlp in self._mlps.values():
-            del mlp.patched.forward, mlp.patched._ssiuu
+            mlp.remove()
         if self._rows is not None:
             self._rows.remove()
-        self._mlps, self._rows, self.patched = {}, None, []
+        release(self._model)
+        for param in self._model.parameters():
+            for name in ("target_grad", "target_grad_info"):
+                vars(param).pop(name, None)
+        self._mlps, self._rows, self._is_patched, self.patched = {}, None, False, []
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -192,7 +177,7 @@ class PatchHandle:
             ValueError: unknown target, labels without an answer token, a mask with holes, an unpatched handle.
         """
         self._check_patched()
-        return attribution.attribute(self._model, self._mlps, self._outputs(), batch, target, self._backend)
+        return self._attribution(batch, target)
 
     def unlearning_loss(
         self,
@@ -253,16 +238,10 @@ class PatchHandle:
         return value
 
     def _check_patched(self) -> None:
-        if not self._mlps:
+        if not self._is_patched:
             raise ValueError("the handle was unpatched; call ssiuu_kernels.patch(model) again")
 
-    def _outputs(self) -> dict[tuple[str, str], nn.Module]:
-        if self.scope == "mlp":
-            return {}
-        outputs = {(name, "down"): mlp.down for name, mlp in self._mlps.items()}
-        return outputs | {(name, kind): module for name, kind, module in attention_outputs(self._model)}
-
     def _target_params(self) -> list[nn.Parameter]:
-        mlps = (parameter for mlp in self._mlps.values() for parameter in mlp.parameters)
+        mlps = (parameter for patched in self._mlps.values() for parameter in patched.mlp.parameters)
         params = self._model.parameters() if self.scope == "all" else mlps
         return [param for param in params if param.requires_grad]

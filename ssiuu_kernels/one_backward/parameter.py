@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..patched_forward import install_forward, remove_forward
 from .functions import RowEmbedding, RowLayerNorm, RowLinear, RowScale, RowShift
 
 # Samples of the model's forward that is under way; None outside of one.
@@ -206,9 +206,9 @@ def _forward(self: nn.Module, *args, **kwargs):
 
 def install(module: nn.Module) -> None:
     """Run this module's forward on stand-ins, until `remove`."""
-    module.forward = MethodType(_forward, module)
+    install_forward(module, _forward)
 
 
 def remove(module: nn.Module) -> None:
     """Give the module its own forward back."""
-    del module.forward
+    remove_forward(module)

@@ -185,9 +185,9 @@ def odd_forward(mlp):
 
 
 SKIPPED = {
-    "gate_proj is a Doubled": odd_projection,
-    "up_proj is a Linear; expected a plain": odd_weight,
-    "down_proj is a ParametrizedLinear": parametrised_projection,
+    "gate_proj is a tests.kernels.test_patching.Doubled; expected a plain": odd_projection,
+    "of class tests.kernels.test_patching.Subclassed; expected a plain": odd_weight,
+    "down_proj is a torch.nn.utils.parametrize.ParametrizedLinear": parametrised_projection,
     "activation Hardswish is none of": odd_activation,
     "activation carries hooks": hooked_activation,
     "already replaced": replaced_forward,
