@@ -35,13 +35,16 @@ class Attribution:
         check_target(target)
         labels, mask, inputs = self._split(batch)
         lengths = answer_lengths(labels)
+        outputs = list(self._outputs())
+        if not self._mlps and not outputs:
+            raise ValueError("nothing to attribute: the handle has no patched MLP, and scope='all' found no attention")
         recorder = Recorder(mask_segments(mask), tuple(labels.shape), self._backend)
         with ExitStack() as stack, torch.enable_grad():
             stack.enter_context(_uncompiled())
             stack.enter_context(_data_gradients_only(self._model, inputs))
             for mlp in self._mlps.values():
                 stack.enter_context(_recording(mlp, recorder))
-            for name, kind, module in self._outputs():
+            for name, kind, module in outputs:
                 handle = module.register_forward_hook(
                     lambda _module, _args, z, name=name, kind=kind: recorded_output(z, recorder, name, kind)
                 )
@@ -78,8 +81,7 @@ class Attribution:
             recorder.proving = False
         log_probs.sum().backward()
         recorder.check_complete()
-        if recorder.proof is not None:
-            recorder.proof.check()
+        if recorder.proof is not None and recorder.proof.check():
             self._proved.add(kind)
 
     def _split(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

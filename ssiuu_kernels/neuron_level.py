@@ -110,8 +110,8 @@ class NeuronLevel:
         proof = RowProof(len(log_probs), log_probs)
         for weighted, signal in ((True, proof.weights), (False, torch.ones_like(proof.weights))):
             self._send(log_probs, signal, nodes, lambda name, grad, w=weighted: proof.add(name, grad, weighted=w))
-        proof.check()
-        self._proved.add(kind)
+        if proof.check():
+            self._proved.add(kind)
 
     @staticmethod
     def _send(log_probs: Tensor, signal: Tensor, nodes: Mapping[str, Node], see: Callable[[str, Tensor], None]) -> None:

@@ -107,5 +107,7 @@ class RecordedOutput(torch.autograd.Function):
 
 def recorded_output(z: Tensor, recorder: Recorder, name: str, kind: str) -> Tensor:
     """`z`, whose scores the recorder gets in the backward."""
+    if not isinstance(z, Tensor):
+        raise ValueError(f"{name}, {kind}, gives a {type(z).__name__}; expected a tensor, whose rows can be told apart")
     recorder.expect(name, kind, tuple(z.shape[:-1]), torch.is_grad_enabled() and z.requires_grad)
     return RecordedOutput.apply(z, recorder, name, kind)

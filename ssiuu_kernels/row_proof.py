@@ -49,16 +49,23 @@ class RowProof:
         rows = rows if rows.dtype == torch.float64 else rows.float()
         self._signals[not weighted][name].append(torch.stack([rows.sum(1), rows.norm(dim=1)]))
 
-    def check(self) -> None:
-        """Raise a ValueError that names the first module whose rows are not of one sample each."""
+    def check(self) -> bool:
+        """Raise a ValueError that names the first module whose rows are not of one sample each.
+
+        Returns:
+            Whether that is proved; not where signals are NaN or infinite, which says nothing of other batches.
+        """
         weighted, plain = self._signals
+        proved = True
         for name, calls in plain.items():
             for (actual, _), (signal, norm) in zip(weighted[name], calls, strict=True):
                 weights = self.weights.to(signal.dtype).repeat_interleave(len(signal) // len(self.weights))
                 # A gradient that comes from another sample is seen in a row that has none of its own, too.
-                room = self._tolerance * (weights * norm).maximum(norm.max())
-                if not bool(((actual - weights * signal).abs() <= room).all()):
+                room = self._tolerance * (weights * norm).maximum(norm.nan_to_num().max())
+                proved = proved and bool(room.isfinite().all())
+                if bool(((actual - weights * signal).abs() > room).any()):
                     raise ValueError(
                         f"{name} mixes samples, or has them in another order than the batch: a row's gradient is not "
                         "of one sample alone; give a batch of one sample at a time"
                     )
+        return proved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -106,6 +107,7 @@ def find_mlps(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
     """
     found: dict[str, Mlp] = {}
     skipped: dict[str, str] = {}
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in skipped):
             continue
@@ -117,8 +119,8 @@ def find_mlps(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
         except UnsupportedModuleError as reason:
             skipped[name] = str(reason)
             continue
-        if mlp is not None and any(mlp.patched is other.patched for other in found.values()):
-            skipped[name] = "its activation module also serves another MLP"
+        if mlp is not None and mlp.form == "ungated" and places[id(mlp.function)] > 1:
+            skipped[name] = "its activation module also serves another MLP, whose tokens would be taken for its own"
         elif mlp is not None:
             found[name] = mlp
     return found, skipped

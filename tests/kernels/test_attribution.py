@@ -5,7 +5,7 @@ import torch
 
 import ssiuu_kernels as sk
 
-from .models import FAMILIES, PARTS, logits_of, tiny_batch, tiny_model
+from .models import FAMILIES, NAN_LEFT_PADDED, PARTS, logits_of, tiny_batch, tiny_model
 
 TARGETS = {
     "prob": lambda s, length: s.exp(),
@@ -54,6 +54,8 @@ def brute_force(model, family, batch, target):
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_brute_force(family, padding, target):
+    if padding == "left" and family in NAN_LEFT_PADDED:
+        pytest.skip("the model's logits are NaN")
     model, batch = tiny_model(family, torch.float64), tiny_batch(padding)
     with sk.patch(model, scope="all") as handle:
         found = handle.attribute(batch, target)
