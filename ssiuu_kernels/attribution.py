@@ -33,11 +33,11 @@ class Attribution:
 
     def __call__(self, batch: Mapping[str, Tensor], target: str) -> dict[str, dict[str, NeuronScores]]:
         check_target(target)
-        labels, mask, inputs = self._split(batch)
-        lengths = answer_lengths(labels)
         outputs = list(self._outputs())
         if not self._mlps and not outputs:
             raise ValueError("nothing to attribute: the handle has no patched MLP, and scope='all' found no attention")
+        labels, mask, inputs = self._split(batch)
+        lengths = answer_lengths(labels)
         recorder = Recorder(mask_segments(mask), tuple(labels.shape), self._backend)
         with ExitStack() as stack, torch.enable_grad():
             stack.enter_context(_uncompiled())
@@ -93,12 +93,11 @@ class Attribution:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         labels, mask = batch["labels"], inputs.get("attention_mask")
         named, takes_any = _arguments(self._model)
-        unknown = [key for key in inputs if key not in named and not takes_any]
         mask = torch.ones_like(labels) if mask is None else _checked_mask(mask, labels)
-        if unknown == ["attention_mask"] and bool(mask.all()):
-            del inputs["attention_mask"]  # it says nothing
-        elif unknown:
-            raise ValueError(f"batch has {unknown[0]}, which {type(self._model).__name__}.forward does not take")
+        for key in [key for key in inputs if key not in named and not takes_any]:
+            if key != "attention_mask" or not bool(mask.all()):  # a mask of ones says nothing
+                raise ValueError(f"batch has {key}, which {type(self._model).__name__}.forward does not take")
+            del inputs[key]
         if "use_cache" in named or (takes_any and hasattr(getattr(self._model, "config", None), "use_cache")):
             inputs.setdefault("use_cache", False)
         return labels, mask, inputs

@@ -17,7 +17,7 @@ from .one_backward.graph import _nodes
 
 # Powers of two multiply without rounding, so that kernels that are deterministic agree to the last bit. Others
 # (atomics) differ by roundings, of which a sum over a row keeps no more than this, relative to the row's norm.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 def kind_of_forward(log_probs: Tensor) -> Hashable:
