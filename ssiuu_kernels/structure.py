@@ -328,6 +328,7 @@ def _unhooked(module: nn.Module, training: bool) -> nn.Module:
     """The module and all inside it in this mode and without hooks, sharing their tensors."""
     twin = copy.copy(module)
     twin.training = training
+    vars(twin).pop("forward", None)  # one that another library left behind is the class's own, bound to the module
     twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks = {}, {}, {}, {}
     twin._modules = {name: child and _unhooked(child, training) for name, child in module._modules.items()}
     return twin

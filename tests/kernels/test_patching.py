@@ -140,19 +140,12 @@ def test_unknown_scope():
 
 def test_a_model_of_experts_alone_takes_an_unlearning_loss():
     model, batch = moe_model().eval(), tiny_batch()
-    forget = torch.tensor([True, False, True, False])
     handle = sk.patch(model, scope="all")
     assert handle.patched == []
-    handle.unlearning_loss(logits_of(model, batch), batch["labels"], forget).backward()
-    used = [param for param in model.parameters() if param.grad is not None]
-    assert used
-    log_probs = sk.sequence_log_probs(logits_of(model, batch), batch["labels"])
-    expected = torch.autograd.grad(log_probs[forget].exp().sum(), used)
-    for param, wanted in zip(used, expected, strict=True):
-        assert relative(param.target_grad, wanted) < 1e-4
+    assert_target_gradients(model, batch, handle)
     handle.unpatch()
     with pytest.raises(ValueError, match="unpatched"):
-        handle.unlearning_loss(logits_of(model, batch), batch["labels"], forget)
+        assert_target_gradients(model, batch, handle)
 
 
 @pytest.mark.parametrize(
@@ -386,3 +379,57 @@ def test_patched_training_follows_unpatched():
     assert relative(losses[0], losses[1]) < 1e-4
     for (name, weight), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert relative(weight.detach(), expected.detach()) < 1e-4, name
+
+
+def assert_target_gradients(model, batch, handle):
+    """Of every trainable parameter, against autograd's."""
+    forget = torch.tensor([True, False, True, False])
+    params = [param for param in model.parameters() if param.requires_grad]
+    handle.unlearning_loss(logits_of(model, batch), batch["labels"], forget).backward()
+    log_probs = sk.sequence_log_probs(logits_of(model, batch), batch["labels"])
+    for param, wanted in zip(params, torch.autograd.grad(log_probs[forget].exp().sum(), params), strict=True):
+        assert relative(param.target_grad, wanted) < 1e-4
+
+
+def with_adapters(model):
+    """peft's usual target_modules="all-linear": adapters on every linear layer of the decoder, all else frozen."""
+    model.requires_grad_(False)
+    for module in list(model.model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, LoraLinear(child))
+
+
+def with_replaced_forwards(model):
+    """What accelerate's dispatch_model, of a device_map, does to every module."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    for module in list(model.modules()):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+
+
+@pytest.mark.parametrize("change", [with_adapters, with_replaced_forwards])
+def test_nothing_to_patch_is_no_reason_to_refuse_a_loss(change):
+    model, batch = tiny_model(), tiny_batch()
+    change(model)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    handle = sk.patch(model, scope="all")
+    assert handle.patched == []
+    assert len(handle.skipped) == 2
+    assert_target_gradients(model, batch, handle)
+    handle.unpatch()
+    assert before == {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+def test_dispatched_after_it_was_patched():
+    """accelerate then calls the patched forward, and goes on with the class's once that is unpatched."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, batch = tiny_model(), tiny_batch()
+    expected = logits_of(model, batch)
+    handle = sk.patch(model, scope="all")
+    with_replaced_forwards(model)
+    assert relative(logits_of(model, batch), expected) < 1e-5
+    handle.unpatch()
+    assert torch.equal(logits_of(model, batch), expected)
+    hooks.remove_hook_from_submodules(model)
+    assert torch.equal(logits_of(model, batch), expected)
+    assert sk.patch(model, scope="all").patched == [f"model.layers.{layer}.mlp" for layer in range(2)]
