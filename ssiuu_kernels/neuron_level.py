@@ -70,8 +70,8 @@ class NeuronLevel:
             length: rows of a sample, padding included.
 
         Raises:
-            ValueError: an MLP that ran twice in the forward, ran on other rows than those of the batch, mixes samples,
-                or ran its class's own forward; reentrant checkpointing.
+            ValueError: logits of another model; an MLP that ran twice in the forward, ran on other rows than those of
+                the batch, mixes samples, or ran its class's own forward; reentrant checkpointing.
         """
         refuse_reentrant_checkpointing(log_probs)
         nodes = self._hidden_nodes(log_probs, (len(log_probs), length))
@@ -96,6 +96,11 @@ class NeuronLevel:
                     "is not known to which sample each row belongs (freeze modules that see no tokens)"
                 )
             found[node.mlp_name] = node
+        if not found and not self._bypassed:
+            raise ValueError(
+                "no patched MLP is in the graph of these logits; expected those of the patched model (a copy of it is "
+                "not patched), with a trainable parameter below an MLP"
+            )
         for name, why in self._bypassed.items():
             if name not in found:
                 raise ValueError(f"{name} cannot be penalised: {why}")

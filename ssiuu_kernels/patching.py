@@ -40,7 +40,8 @@ def patch(
 
     Modules are recognised by their parts and by what they compute, never by their class: gated MLPs
     `down(act(gate(x)) * up(x))` with separate projections (Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo2, Gemma) or
-    gate and up in one (Phi-3, GLM), and ungated ones `down(act(up(x)))` (GPT-2, GPT-NeoX, OPT, Phi, Falcon).
+    gate and up in one (Phi-3, GLM), and ungated ones `down(act(up(x)))` (GPT-2, GPT-NeoX, OPT, Phi, Falcon, Bloom,
+    MPT, GPT-J, CodeGen, Nemotron, Arcee). A copy or a pickle of a patched model is the plain model.
 
     Args:
         model: a Hugging Face causal language model.
@@ -63,8 +64,9 @@ def patch(
         A handle, also a context manager that unpatches on exit.
 
     Raises:
-        ValueError: unknown scope, level, engine, grad_dtype or backend, a model already patched or without MLPs that
-            the kernels can serve, or (strict) a skipped one; level "neuron" without forget_samples.
+        ValueError: unknown scope, level, engine, grad_dtype or backend; a model already patched, or an
+            encoder-decoder; no MLP that the kernels can serve where one is needed (scope "mlp", level "neuron"), or
+            (strict) a skipped one; level "neuron" without forget_samples.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} is unknown; expected one of {', '.join(SCOPES)}")
@@ -161,20 +163,26 @@ class PatchHandle:
         """Attribution `A = z * d target / dz` (Eq. 1) of every neuron, reduced over each sample's tokens.
 
         One forward and one backward of data gradients; `param.grad` is left alone. Prompt and answer tokens count,
-        padding does not. The model runs in the mode (train or eval) that it is in.
+        padding does not. The model runs in the mode (train or eval) that it is in, uncompiled. The first batch of more
+        than one sample, and the first of each other kind of forward, takes a second backward: it proves that each row
+        of each module belongs to one sample.
 
         Args:
-            batch: input_ids int64 `[B, S]`, labels int64 `[B, S]` (-100 on the prompt), and optionally attention_mask
-                `[B, S]` with padding on either side.
+            batch: input_ids int64 `[B, S]` (or inputs_embeds `[B, S, D]`), labels int64 `[B, S]` (-100 on the prompt),
+                and optionally attention_mask `[B, S]`, 1 for a token, with padding on either side. Every key but
+                labels goes to the model.
             target: "prob" (the paper), "geometric_mean_prob" (`P^(1/T)`) or "log_prob".
 
         Returns:
             module name -> kind -> `NeuronScores` float32 `[B, width]`. A gated MLP has "h" and "gate" (`up` needs
             none: `up * dup = h * dh`), an ungated one "h" and "up", and in scope "all" either has "down"; an attention
-            has "q", "k", "v" and "o", or "qkv" and "o" where the three are one projection.
+            has "q", "k", "v" and "o", or "qkv" and "o" where the three are one projection. A module that saw no token
+            of the batch, as those of a vision tower, is left out.
 
         Raises:
-            ValueError: unknown target, labels without an answer token, a mask with holes, an unpatched handle.
+            ValueError: unknown target; labels without an answer token; a mask of another shape or other values, or with
+                holes; a key that the model does not take; a model that mixes samples, or whose modules run on other
+                rows than `[B, S]`; a module that got no gradient back; an unpatched handle.
         """
         self._check_patched()
         return self._attribution(batch, target)
@@ -218,7 +226,9 @@ class PatchHandle:
         Raises:
             ValueError: unknown objective or target, an objective that depends on more than the log-likelihoods, a mask
                 that is empty or of another length, labels without an answer token, an unpatched handle, sample_ids
-                missing or out of place, reentrant checkpointing.
+                missing or out of place, reentrant checkpointing. At level "neuron" also: an MLP that ran twice in the
+                forward, on other rows than `[B, S]`, or on rows that are not of one sample each (proved by two
+                backwards, once for each kind of forward).
             RuntimeError (from `backward`): a second backward, or parameters edited since the forward; nothing is
                 changed then.
         """

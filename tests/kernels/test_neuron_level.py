@@ -457,3 +457,31 @@ def test_an_exception_in_a_forward_leaves_the_handle_ready():
     with pytest.raises(IndexError):
         logits_of(model, {**batch, "input_ids": batch["input_ids"] + 1000})
     assert relative(backward(model, handle, batch), expected) < 1e-12
+
+
+def test_logits_of_a_copy_are_refused():
+    model, batch = tiny_model(), tiny_batch()
+    handle = sk.patch(model, level="neuron", forget_samples=SAMPLES)
+    with pytest.raises(ValueError, match="no patched MLP is in the graph of these logits"):
+        neuron_loss(handle, copy.deepcopy(model), batch)
+
+
+def test_two_forwards_joined_to_one_batch_are_refused():
+    model, batch = tiny_model(), tiny_batch()
+    handle = sk.patch(model, level="neuron", forget_samples=SAMPLES)
+    halves = [logits_of(model, {key: value[part] for key, value in batch.items()}) for part in (slice(2), slice(2, 4))]
+    with pytest.raises(ValueError, match=r"mlp ran (on rows \[2, 11\]|twice)"):
+        handle.unlearning_loss(torch.cat(halves), batch["labels"], FORGET, sample_ids=IDS)
+
+
+def test_a_vision_tower_that_is_trained_is_refused_by_name():
+    """Its rows belong to images, and of which sample they are is not known."""
+    model, batch = tiny_model(), tiny_batch()
+    tower = tiny_model().model.layers[0].mlp
+    model.model.tower = tower
+    model.model.embed_tokens.register_forward_hook(lambda _module, _args, x: x + tower(torch.ones(3, 5, 32)).mean())
+    handle = sk.patch(model, level="neuron", forget_samples=SAMPLES)
+    with pytest.raises(ValueError, match=r"model\.tower ran on rows \[3, 5\]; .*freeze"):
+        neuron_loss(handle, model, batch)
+    tower.requires_grad_(False)
+    neuron_loss(handle, model, batch).backward()
