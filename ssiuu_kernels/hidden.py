@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports dynamo at once
 
+from .one_backward.row_weights import Lead
 from .ops import (
     NeuronScores,
     act_backward,
@@ -18,8 +19,6 @@ from .ops import (
     packed_glu_backward,
     packed_glu_forward,
 )
-
-Lead = tuple[int, ...]  # a tensor's shape without its last dimension
 
 
 class HiddenGrads(NamedTuple):

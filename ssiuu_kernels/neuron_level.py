@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, Node
 
-from .hidden import Form, Lead, ObservedHidden
+from .hidden import Form, ObservedHidden
 from .one_backward.graph import _nodes, refuse_reentrant_checkpointing
+from .one_backward.row_weights import Lead
 from .ops import NeuronPenalty
 from .row_proof import RowProof, kind_of_forward
 

@@ -7,7 +7,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from .hidden import Form, Lead
+from .hidden import Form
+from .one_backward.row_weights import Lead
 from .ops import NeuronScores, token_scores
 from .row_proof import RowProof
 
