@@ -35,7 +35,7 @@ def refuse_donated_buffers(nodes: Iterable) -> None:
     """
     for node in nodes:
         # Where another version of torch keeps its notes elsewhere, it is not known, and refused.
-        if node.name() == _COMPILED and getattr(_notes(node), "bw_donated_idxs", "unknown"):
+        if type(node).__name__ == _COMPILED and getattr(_notes(node), "bw_donated_idxs", "unknown"):
             raise RuntimeError(
                 "a part of the model was compiled and run backward before the model was patched, and its compiled "
                 "backward can run once only; call torch._dynamo.reset() after patching, or patch before the first "

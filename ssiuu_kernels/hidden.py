@@ -7,7 +7,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports dynamo at once
 
+from .one_backward.row_weights import Lead
 from .ops import (
     NeuronScores,
     act_backward,
@@ -67,21 +69,47 @@ FORMS = {
 class Observer(Protocol):
     """Who looks at, or changes, the backward of the hidden activations."""
 
+    def enter(self, name: str, lead: Lead, connected: bool) -> None:
+        """A hidden activation is about to be computed, of inputs of this leading shape.
+
+        `connected`: a gradient can come back to its inputs.
+        """
+
+    def bypassed(self, name: str, why: str) -> None:
+        """A patched module ran its class's own forward, in which nothing can be observed."""
+
     def backward(self, name: str, form: Form, inputs: tuple[Tensor, ...], grad_h: Tensor, options: dict) -> tuple:
         """The gradients of `inputs`; `options` are activation and backend."""
 
 
 class ObservedHidden(torch.autograd.Function):
-    """`Form.forward`, whose backward is the observer's."""
+    """`Form.forward`, whose backward is the observer's: of the node, so that one graph can have another observer."""
 
     @staticmethod
     def forward(ctx, observer: Observer, name: str, form: Form, options: dict, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
-        ctx.observer, ctx.name, ctx.form, ctx.options = observer, name, form, options
+        ctx.observer, ctx.mlp_name, ctx.form, ctx.options = observer, name, form, options
+        ctx.lead = tuple(inputs[0].shape[:-1])
         return form.forward(*inputs, **options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_h: Tensor):
-        grads = ctx.observer.backward(ctx.name, ctx.form, ctx.saved_tensors, grad_h, ctx.options)
+        grads = ctx.observer.backward(ctx.mlp_name, ctx.form, ctx.saved_tensors, grad_h, ctx.options)
         return None, None, None, None, *grads
+
+
+def observed_hidden(observer: Observer, name: str, form: Form, options: dict, inputs: tuple[Tensor, ...]) -> Tensor:
+    """`h` of `[T, D]` or `[B, S, D]` inputs, whose backward the observer carries out."""
+    # A compiled layer steps out of its graph here: a node that is traced would belong to no observer.
+    run = _uncompiled if torch.compiler.is_compiling() else _observed_hidden
+    return run(observer, name, form, options, inputs)
+
+
+def _observed_hidden(observer: Observer, name: str, form: Form, options: dict, inputs: tuple[Tensor, ...]) -> Tensor:
+    connected = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    observer.enter(name, tuple(inputs[0].shape[:-1]), connected)
+    return ObservedHidden.apply(observer, name, form, options, *inputs)
+
+
+_uncompiled = _disable_dynamo(_observed_hidden)

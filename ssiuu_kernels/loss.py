@@ -127,7 +127,7 @@ def neuron_level_loss(
         _check_gradient(log_probs)
         _check_sample_ids(sample_ids, forget, neurons.samples)
         weights = _target_weights(log_probs, lengths, forget, target)
-        log_probs = neurons.observe(log_probs, weights, sample_ids, labels.shape[1])
+        log_probs = neurons.observe(logits, log_probs, weights, sample_ids, labels.shape[1])
     return compute(log_probs, lengths, forget)
 
 

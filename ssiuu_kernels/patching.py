@@ -4,53 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
-from . import attribution, backends, loss
-from .hidden import FORMS, ObservedHidden, Observer
+from . import backends, loss
+from .attribution import Attribution
 from .loss import ENGINES, ONE_BACKWARD, GradientPath, Tensors
 from .neuron_level import NeuronLevel
 from .objectives import Objective
 from .one_backward.installed import RowForwards
 from .ops import NeuronScores
-from .structure import Mlp, attention_outputs, find_mlps
+from .patched_forward import is_patched
+from .patched_mlp import PatchedMlp
+from .structure import find_mlps, is_encoder_decoder
 
 logger = logging.getLogger(__name__)
 SCOPES = ("mlp", "all")
 LEVELS = ("parameter", "neuron")
-
-
-class _PatchState:
-    """What the patched forward of one MLP needs; kept on the module, so that a deep copy of the model works too."""
-
-    def __init__(self, name: str, mlp: Mlp, backend: str, observer: Observer | None):
-        self.name, self.form = name, FORMS[mlp.form]
-        self.options = {"activation": mlp.activation, "backend": backend}
-        self.observer = observer  # `attribute` puts a recorder here for the length of one pass
-
-    def hidden(self, *inputs: Tensor) -> Tensor:
-        if self.observer is None:
-            return self.form.forward(*inputs, **self.options)
-        return ObservedHidden.apply(self.observer, self.name, self.form, self.options, *inputs)
-
-
-# The projections are called as modules: their hooks and autocast rules stay in force.
-def _gated_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return self.down_proj(self._ssiuu.hidden(self.gate_proj(x), self.up_proj(x)))
-
-
-def _packed_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return self.down_proj(self._ssiuu.hidden(self.gate_up_proj(x)))
-
-
-def _activation_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return self._ssiuu.hidden(x)
-
-
-_FORWARDS = {"gated": _gated_forward, "packed": _packed_forward, "ungated": _activation_forward}
 
 
 def patch(
@@ -69,7 +40,8 @@ def patch(
 
     Modules are recognised by their parts and by what they compute, never by their class: gated MLPs
     `down(act(gate(x)) * up(x))` with separate projections (Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo2, Gemma) or
-    gate and up in one (Phi-3, GLM), and ungated ones `down(act(up(x)))` (GPT-2, GPT-NeoX, OPT, Phi, Falcon).
+    gate and up in one (Phi-3, GLM), and ungated ones `down(act(up(x)))` (GPT-2, GPT-NeoX, OPT, Phi, Falcon, Bloom,
+    MPT, GPT-J, CodeGen, Nemotron, Arcee). A copy or a pickle of a patched model is the plain model.
 
     Args:
         model: a Hugging Face causal language model.
@@ -92,8 +64,9 @@ def patch(
         A handle, also a context manager that unpatches on exit.
 
     Raises:
-        ValueError: unknown scope, level, engine, grad_dtype or backend, a model already patched or without MLPs that
-            the kernels can serve, or (strict) a skipped one; level "neuron" without forget_samples.
+        ValueError: unknown scope, level, engine, grad_dtype or backend; a model already patched, or an
+            encoder-decoder; no MLP that the kernels can serve where one is needed (scope "mlp", level "neuron"), or
+            (strict) a skipped one; level "neuron" without forget_samples.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} is unknown; expected one of {', '.join(SCOPES)}")
@@ -108,19 +81,25 @@ def patch(
     if grad_dtype is not None and not hasattr(torch.Tensor, "grad_dtype"):
         raise ValueError(f"grad_dtype={grad_dtype} needs torch 2.10 or newer, and this is {torch.__version__}")
     backends.check_backend(backend)
-    if any(hasattr(module, "_ssiuu") for module in model.modules()):
+    if any(is_patched(module) for module in model.modules()):
         raise ValueError("model is already patched; call unpatch() on the handle of the first patch")
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, which shifts its labels itself; expected a causal language "
+            "model"
+        )
     neurons = NeuronLevel(penalty_weight, forget_samples) if level == "neuron" else None
     found, skipped = find_mlps(model)
-    if (not found and (level == "neuron" or scope == "mlp")) or (strict and skipped):
+    if strict and skipped:
         raise ValueError(_refusal(model, skipped))
-    for name, mlp in found.items():
-        mlp.patched._ssiuu = _PatchState(name, mlp, backend, neurons)
-        mlp.patched.forward = MethodType(_FORWARDS[mlp.form], mlp.patched)
+    if not found and (scope == "mlp" or level == "neuron"):
+        needs = "level 'neuron' needs one" if level == "neuron" else "scope 'all' needs none for unlearning_loss"
+        raise ValueError(f"{_refusal(model, skipped)}; {needs}")
+    mlps = {name: PatchedMlp(name, mlp, backend, neurons) for name, mlp in found.items()}
     if skipped:
         logger.warning("patched %d MLPs and skipped %d: see handle.skipped", len(found), len(skipped))
     rows = RowForwards(model, grad_dtype) if level == "parameter" else None
-    return PatchHandle(model, found, skipped, scope, backend, neurons, engine, rows)
+    return PatchHandle(model, mlps, skipped, scope, backend, neurons, engine, rows)
 
 
 def _refusal(model: nn.Module, skipped: dict[str, str]) -> str:
@@ -146,7 +125,7 @@ class PatchHandle:
     def __init__(
         self,
         model: nn.Module,
-        mlps: dict[str, Mlp],
+        mlps: dict[str, PatchedMlp],
         skipped: dict[str, str],
         scope: str,
         backend: str,
@@ -154,17 +133,23 @@ class PatchHandle:
         engine: str,
         rows: RowForwards | None,
     ):
-        self._model, self._mlps, self._backend, self._rows = model, mlps, backend, rows
+        self._model, self._mlps, self._rows, self._is_patched = model, mlps, rows, True
+        self._attribution = Attribution(model, mlps, scope == "all", backend)
         self.path: GradientPath | None = None
         self.patched, self.skipped, self.scope, self.engine, self.neurons = list(mlps), skipped, scope, engine, neurons
 
     def unpatch(self) -> None:
-        """Give the modules their own forward back. A second call does nothing."""
+        """Give the modules their own forward back, and drop the target gradients. A second call does nothing."""
+        if not self._is_patched:
+            return
         for mlp in self._mlps.values():
-            del mlp.patched.forward, mlp.patched._ssiuu
+            mlp.remove()
         if self._rows is not None:
             self._rows.remove()
-        self._mlps, self._rows, self.patched = {}, None, []
+        for param in self._model.parameters():
+            for name in ("target_grad", "target_grad_info"):
+                vars(param).pop(name, None)
+        self._mlps, self._rows, self._is_patched, self.patched = {}, None, False, []
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -176,23 +161,29 @@ class PatchHandle:
         """Attribution `A = z * d target / dz` (Eq. 1) of every neuron, reduced over each sample's tokens.
 
         One forward and one backward of data gradients; `param.grad` is left alone. Prompt and answer tokens count,
-        padding does not. The model runs in the mode (train or eval) that it is in.
+        padding does not. The model runs in the mode (train or eval) that it is in, uncompiled. Where a model does what
+        cannot be followed (its own autograd functions, say), every batch of more than one sample takes a second
+        backward: it proves that each row of each module belongs to one sample.
 
         Args:
-            batch: input_ids int64 `[B, S]`, labels int64 `[B, S]` (-100 on the prompt), and optionally attention_mask
-                `[B, S]` with padding on either side.
+            batch: input_ids int64 `[B, S]` (or inputs_embeds `[B, S, D]`), labels int64 `[B, S]` (-100 on the prompt),
+                and optionally attention_mask `[B, S]`, 1 for a token, with padding on either side. Every key but
+                labels goes to the model.
             target: "prob" (the paper), "geometric_mean_prob" (`P^(1/T)`) or "log_prob".
 
         Returns:
             module name -> kind -> `NeuronScores` float32 `[B, width]`. A gated MLP has "h" and "gate" (`up` needs
             none: `up * dup = h * dh`), an ungated one "h" and "up", and in scope "all" either has "down"; an attention
-            has "q", "k", "v" and "o", or "qkv" and "o" where the three are one projection.
+            has "q", "k", "v" and "o", or "qkv" and "o" where the three are one projection. A module that saw no token
+            of the batch, as those of a vision tower, is left out.
 
         Raises:
-            ValueError: unknown target, labels without an answer token, a mask with holes, an unpatched handle.
+            ValueError: unknown target; labels without an answer token; a mask of another shape or other values, or with
+                holes; a key that the model does not take; a model that mixes samples, or whose modules run on other
+                rows than `[B, S]`; a module that got no gradient back; an unpatched handle.
         """
         self._check_patched()
-        return attribution.attribute(self._model, self._mlps, self._outputs(), batch, target, self._backend)
+        return self._attribution(batch, target)
 
     def unlearning_loss(
         self,
@@ -233,7 +224,9 @@ class PatchHandle:
         Raises:
             ValueError: unknown objective or target, an objective that depends on more than the log-likelihoods, a mask
                 that is empty or of another length, labels without an answer token, an unpatched handle, sample_ids
-                missing or out of place, reentrant checkpointing.
+                missing or out of place, reentrant checkpointing. At level "neuron" also: an MLP that ran twice in the
+                forward, on other rows than `[B, S]`, or on rows that are not of one sample each (proved by two
+                backwards, once for each kind of forward).
             RuntimeError (from `backward`): a second backward, or parameters edited since the forward; nothing is
                 changed then.
         """
@@ -253,16 +246,10 @@ class PatchHandle:
         return value
 
     def _check_patched(self) -> None:
-        if not self._mlps and self._rows is None:
+        if not self._is_patched:
             raise ValueError("the handle was unpatched; call ssiuu_kernels.patch(model) again")
 
-    def _outputs(self) -> dict[tuple[str, str], nn.Module]:
-        if self.scope == "mlp":
-            return {}
-        outputs = {(name, "down"): mlp.down for name, mlp in self._mlps.items()}
-        return outputs | {(name, kind): module for name, kind, module in attention_outputs(self._model)}
-
     def _target_params(self) -> list[nn.Parameter]:
-        mlps = (parameter for mlp in self._mlps.values() for parameter in mlp.parameters)
+        mlps = (parameter for patched in self._mlps.values() for parameter in patched.mlp.parameters)
         params = self._model.parameters() if self.scope == "all" else mlps
         return [param for param in params if param.requires_grad]

@@ -37,6 +37,10 @@ class TargetGradInfo:
     def __init__(self, samples: int, grad_version: int | None, scale: Tensor):
         self.samples, self.grad_version, self.scale = samples, grad_version, scale
 
+    def __reduce__(self):
+        """A pickle or a copy of a parameter is one that no loss has met."""
+        return type(None), ()
+
     @property
     def scaled(self) -> bool:
         """Whether the last loss was multiplied, as a `GradScaler` does. Waits for the device."""

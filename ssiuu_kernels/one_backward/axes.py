@@ -271,6 +271,8 @@ RULES: dict[str, Rule] = {
         [
             "GeneratedBackwardFor_ssiuu_hidden_forward_defaultBackward",
             "GeneratedBackwardFor_ssiuu_packed_glu_forward_defaultBackward",
+            "ObservedHiddenBackward",
+            "RecordedOutputBackward",
             "ViewAsRealBackward0",
         ],
         _feature_wise,

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ..ops.wgrad_pair.reference import ALL, scaled, take, weighted_product, wgrad_pair_reference
 from ..target_grad import gradient_dtype
-from .row_weights import LayerRows, RowWeights
+from .row_weights import LayerRows, Lead, RowWeights
 
-Lead = tuple[int, ...]  # a tensor's shape without its last dimension
 Pair = tuple[Tensor, Tensor | None]  # gradient of the loss, and of the target where there is one
 
 
@@ -98,7 +97,9 @@ class RowLinear(RowFunction):
         ctx.x_dtype, ctx.transposed = x.dtype, transposed
         x = _autocast(x, torch.get_autocast_dtype(x.device.type))  # as autocast would: this is what is saved
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.t() if transposed else weight, bias)
+        y = F.linear(x, weight.t() if transposed else weight, bias)
+        # A view that is made in here could not be written to in place by the model.
+        return torch.ops.aten._unsafe_view(y._base, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx, grad_y: Tensor):
@@ -214,11 +215,14 @@ class RowShift(RowFunction):
 
 
 class RowLayerNorm(RowFunction):
-    """Layer normalisation over the last dimension, with weight and bias."""
+    """Layer normalisation over the last dimension; weight and bias are values, as in `RowScale`, or constants."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        RowFunction.describe(ctx, x.shape[:-1], weight, bias)
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, weight_param: Tensor, bias_param: Tensor | None
+    ) -> Tensor:
+        RowFunction.describe(ctx, x.shape[:-1], weight_param, bias_param)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
         if _autocast_widens_norms(x.device.type):
             x, weight, bias = (_autocast(tensor, torch.float32) for tensor in (x, weight, bias))
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -228,18 +232,18 @@ class RowLayerNorm(RowFunction):
     @staticmethod
     def backward(ctx, grad_y: Tensor):
         x, mean, rstd, weight, bias = ctx.saved_tensors
-        rows, wanted = _rows_of(ctx, grad_y.dtype), ctx.needs_input_grad[:3]
-        mask = list(wanted) if rows is None else [wanted[0], False, False]
-        grads = list(torch.ops.aten.native_layer_norm_backward(grad_y, x, x.shape[-1:], mean, rstd, weight, bias, mask))
+        rows, wanted = _rows_of(ctx, grad_y.dtype), ctx.needs_input_grad
+        mask = list(wanted[:3]) if rows is None else [wanted[0], False, False]
+        grads = torch.ops.aten.native_layer_norm_backward(grad_y, x, x.shape[-1:], mean, rstd, weight, bias, mask)
+        grads = [grad.to(dtype) if asked else None for grad, dtype, asked in zip(grads, ctx.dtypes, mask, strict=True)]
         if rows is None:
-            for place, param in enumerate(ctx.params, start=1):
-                if wanted[place]:
-                    grads[place] = grads[place].to(gradient_dtype(param))
-        else:
-            terms = (lambda: _wide_product(grad_y, (x - mean) * rstd), lambda: grad_y)
-            for place, (param, made) in enumerate(zip(ctx.params, terms, strict=True), start=1):
-                grads[place] = _vector(ctx, param, rows, made()) if wanted[place] else None
-        return *grads, None
+            return *grads, None, None, None
+        (weight_param, bias_param), through_params = ctx.params, [None, None]
+        if wanted[4]:
+            through_params[0] = _vector(ctx, weight_param, rows, _wide_product(grad_y, (x - mean) * rstd))
+        if wanted[5]:
+            through_params[1] = _vector(ctx, bias_param, rows, grad_y)
+        return *grads, None, *through_params
 
 
 class RowRMSNorm(RowFunction):

@@ -77,21 +77,40 @@ class Versions(NamedTuple):
             )
 
 
+class Origin(NamedTuple):
+    """Where the samples are in the logits.
+
+    Attributes:
+        axes: the dimensions to follow; none where there is one sample.
+        counts: the length of each.
+        separations: see `axes.Edge.separates`, of each.
+    """
+
+    axes: Axes
+    counts: tuple[int, ...]
+    separations: tuple[Separation | None, ...]
+
+
 class Followed:
-    """What is under the logits of one part, and how its rows are the samples'.
+    """What is under some logits, and how its rows are the samples'.
+
+    Args:
+        logits: `[B, S, V]`.
+        origin: where the samples are in them.
+        names: id of a parameter -> its name, for messages.
+        watched: autograd functions, if their rows alone matter, and it does not what parameters are used by.
 
     Attributes:
         nodes: all backward nodes.
-        layouts: those of ours -> the order of their rows.
+        layouts: those of ours, or the watched ones -> the order of their rows.
         broadcasts: an embedding that was added to every sample -> the node that added it.
         leaves: tensors that want a gradient and are no parameters -> the order of their rows. Their gradients are
             weighted on the way.
         reason: why the graph cannot take the one-backward path; None if it can.
     """
 
-    def __init__(self, part: Part, names: Mapping[int, str]):
-        self._names, self._counts, separation = names, part.weights.counts, Separation(part.weights)
-        self._separations = [separation if axis.dim == 1 else None for axis in part.weights.axes]
+    def __init__(self, logits: Tensor, origin: Origin, names: Mapping[int, str], watched: type | tuple = ()):
+        self._origin, self._names, self._watched = origin, names, watched
         self.nodes: dict[object, None] = {}
         self.layouts: dict[object, Layout] = {}
         self.broadcasts: dict[object, object] = {}
@@ -100,8 +119,8 @@ class Followed:
         self._axes: dict[tuple[object, int], Axes] = {}
         self._uses: dict[object, int] = {}
         self._shapes: dict[tuple[object, int], Shape] = {}
-        root = part.logits.grad_fn, part.logits.output_nr
-        self._axes[root], self._shapes[root] = part.weights.axes, list(part.logits.shape)
+        root = logits.grad_fn, logits.output_nr
+        self._axes[root], self._shapes[root] = origin.axes, list(logits.shape)
         waiting = [root]
         while waiting and self.reason is None:
             waiting += self._visit(*waiting.pop())
@@ -115,11 +134,11 @@ class Followed:
         self.nodes[node] = None
         axes, shape = self._axes[node, number], self._shapes[node, number]
         ours, rule = _kind(type(node))
-        if ours and not self._laid_out(node, axes, shape):
+        if (ours or self._is_watched(node)) and not self._laid_out(node, axes, shape):
             return []
-        if not ours and rule is None and hasattr(node, "_forward_cls"):
+        if not ours and rule is None and hasattr(node, "_forward_cls") and not self._watched:
             # It may run a backward of its own, with parameters that are not in this graph.
-            self.reason = f"{node.name()} is a function that is not known"
+            self.reason = f"{type(node).__name__} is a function that is not known"
             return []
         found = []
         for index, (below, below_number) in enumerate(node.next_functions):
@@ -127,12 +146,16 @@ class Followed:
                 continue
             leaf = getattr(below, "variable", None)
             if leaf is not None and isinstance(leaf, nn.Parameter):
+                if self._watched:
+                    continue
                 self.reason = self._used_by(leaf, node)
                 return []
             below_shape = below._input_metadata[below_number].shape if leaf is None else list(leaf.shape)
             self._uses[below] = self._uses.get(below, 0) + 1
             below_axes = axes if ours else self._into(node, rule, index, axes, shape, below_shape)
             if below_axes is None:
+                if self._watched and not any(map(self._is_watched, [below, *nodes_below(below)])):
+                    continue
                 if _is_broadcast_embedding(node, below) and below_shape[-1] == shape[-1]:
                     self.nodes[below] = None
                     self.broadcasts[below] = node
@@ -140,12 +163,12 @@ class Followed:
                     continue
                 self.reason = next(
                     (self._used_by(param, user) for param, user in _made_of(below)),
-                    f"{node.name()} mixes samples, or is not known to keep them apart",
+                    f"{type(node).__name__} mixes samples, or is not known to keep them apart",
                 )
                 return []
             known = self._axes.setdefault((below, below_number), below_axes)
             if known != below_axes:
-                self.reason = f"two uses of the output of {below.name()} disagree on where in it the samples are"
+                self.reason = f"two uses of what {type(below).__name__} made disagree on where in it the samples are"
                 return []
             if leaf is not None:
                 self._add_leaf(leaf, below_axes)
@@ -161,7 +184,7 @@ class Followed:
         if rule is None:
             return None
         found = []
-        for axis, count, separates in zip(axes, self._counts, self._separations, strict=True):
+        for axis, count, separates in zip(axes, *self._origin[1:], strict=True):
             try:
                 into = rule(Edge(node, index, shape, below_shape, count, separates), axis)
             except AttributeError:  # another version of torch saves other things in this node
@@ -171,10 +194,13 @@ class Followed:
             found.append(into)
         return tuple(found)
 
+    def _is_watched(self, node) -> bool:
+        return bool(self._watched) and issubclass(getattr(node, "_forward_cls", object), self._watched)
+
     def _laid_out(self, node, axes: Axes, shape: Shape) -> bool:
         """Note the rows of a node of ours; false where its features, and not its rows, are the samples'."""
         if any(axis.dim >= len(shape) - 1 for axis in axes):
-            self.reason = f"{self._params(node)} ran with samples among the features"
+            self.reason = f"{type(node).__name__} ran with samples among the features"
             return False
         self.layouts[node] = _layout(axes, shape[:-1])
         return True
@@ -193,7 +219,7 @@ class Followed:
         return handles
 
     def _used_by(self, param: Tensor, node) -> str:
-        return f"{self._name(param)} is used by {node.name()}, which is not known to keep samples apart"
+        return f"{self._name(param)} is used by {type(node).__name__}, which is not known to keep samples apart"
 
     def _name(self, param: Tensor) -> str:
         return self._names.get(id(param), f"a parameter {list(param.shape)} of another model")
@@ -235,7 +261,7 @@ def _is_broadcast_embedding(node, below) -> bool:
     Autograd adds the samples' gradients up on the way to the embedding; before that, `node` itself has them apart.
     """
     return (
-        node.name() == "AddBackward0"
+        type(node).__name__ == "AddBackward0"
         and node._saved_alpha == 1
         and is_ours(below)
         and below._forward_cls is RowEmbedding
@@ -249,7 +275,7 @@ def follow(parts: Sequence[Part], names: Mapping[int, str]) -> tuple[list[Follow
         parts: the forwards that make up a loss.
         names: id of a parameter -> its name, for messages.
     """
-    graphs = [Followed(part, names) for part in parts]
+    graphs = [Followed(part.logits, _origin(part.weights), names) for part in parts]
     reason = next((graph.reason for graph in graphs if graph.reason is not None), None)
     seen: set[object] = set()
     for graph in graphs:
@@ -257,6 +283,25 @@ def follow(parts: Sequence[Part], names: Mapping[int, str]) -> tuple[list[Follow
             reason = reason or "a part of the model ran once for several of the loss's batches of logits"
         seen.update(graph.nodes, graph.leaves)
     return graphs, reason
+
+
+def _origin(weights: RowWeights) -> Origin:
+    separation = Separation(weights)
+    return Origin(weights.axes, weights.counts, tuple(separation if axis.dim == 1 else None for axis in weights.axes))
+
+
+def rows_in_order(logits: Tensor, *functions: type) -> bool:
+    """Whether it is known that all nodes of these functions under the logits see the rows sample after sample.
+
+    Args:
+        logits: `[B, S, V]`.
+        functions: autograd functions.
+    """
+    samples = len(logits)
+    followed = Followed(logits, Origin((Axis(0, 1),), (samples,), (None,)), {}, functions)
+    return followed.reason is None and all(
+        layout.inner[0] * samples == layout.count for layout in followed.layouts.values()
+    )
 
 
 def claim(graphs: Sequence[Followed], parts: Sequence[Part], names: Mapping[int, str], targets: Targets) -> Versions:
@@ -282,7 +327,8 @@ def claim(graphs: Sequence[Followed], parts: Sequence[Part], names: Mapping[int,
 def refuse_reentrant_checkpointing(logits: Tensor) -> None:
     """Raise a ValueError where a reentrant checkpoint hides the graph: it runs a backward of its own inside."""
     # Those of torch, DeepSpeed and Unsloth all have the word in their names.
-    if any(hasattr(node, "_forward_cls") and "checkpoint" in node.name().lower() for node in nodes_under(logits)):
+    functions = (type(node).__name__ for node in nodes_under(logits) if hasattr(node, "_forward_cls"))
+    if any("checkpoint" in name.lower() for name in functions):
         raise ValueError(
             "the model ran with reentrant gradient checkpointing, which hides its parameters from this loss; call "
             "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"

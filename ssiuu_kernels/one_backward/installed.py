@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..compiled import keep_buffers, release_buffers
+from ..patched_forward import is_replaced
 from .parameter import install, remove
 
 
@@ -23,7 +24,7 @@ class RowForwards:
             module
             for module in model.modules()
             if any(True for _ in module.parameters(recurse=False))
-            and "forward" not in vars(module)
+            and not is_replaced(module)
             and not isinstance(module, torch.jit.ScriptModule)
         ]
         for module in self._modules:

@@ -10,12 +10,12 @@ scripted one) gets the stand-in, which is an alias of the parameter in autograd'
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..patched_forward import install_forward, remove_forward
 from .functions import RowEmbedding, RowLayerNorm, RowLinear, RowRMSNorm, RowScale, RowShift
 
 
@@ -126,9 +126,11 @@ def _embedding(
 
 
 def _layer_norm(_function, x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    if isinstance(x, RowParameter) or weight is None or not _parameters_or_constants(weight, bias) or weight.dim() != 1:
+    vectors = [vector for vector in (weight, bias) if vector is not None]
+    known = all(isinstance(vector, RowParameter) or _is_constant(vector) for vector in vectors)
+    if isinstance(x, RowParameter) or weight is None or not known or weight.dim() != 1:
         return NotImplemented
-    return RowLayerNorm.apply(x, _plain(weight), _plain(bias), eps)
+    return RowLayerNorm.apply(x, _live(weight), _live(bias), eps, *map(_plain, (weight, bias)))
 
 
 def _rms_norm(_function, x, normalized_shape, weight=None, eps=None):
@@ -187,7 +189,7 @@ USES: dict[Callable, Callable] = {
 def _forward(self: nn.Module, *args, **kwargs):
     """The class's own forward, run on stand-ins where gradients are wanted."""
     forward = type(self).forward
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return forward(self, *args, **kwargs)
     # A parameter of another class (quantised, sharded) means something else; and one that is a stand-in already is that
     # of another thread, or of a call of this module by itself, which will put the parameter back.
@@ -202,16 +204,11 @@ def _forward(self: nn.Module, *args, **kwargs):
                 self._parameters[name] = trainable[name]
 
 
-def _transformed() -> bool:
-    """Whether this runs in a transform of torch.func, which an autograd function of ours cannot enter."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def install(module: nn.Module) -> None:
     """Run this module's forward on stand-ins, until `remove`."""
-    module.forward = MethodType(_forward, module)
+    install_forward(module, _forward)
 
 
 def remove(module: nn.Module) -> None:
     """Give the module its own forward back."""
-    del module.forward
+    remove_forward(module)

@@ -13,6 +13,8 @@ from ..log_probs import Answers, sample_of_rows
 from ..ops.wgrad_pair.reference import Rows, complement
 from .axes import Axis
 
+Lead = tuple[int, ...]  # a tensor's shape without its last dimension
+
 
 class Layout(NamedTuple):
     """The rows that a layer sees, flattened.

@@ -40,12 +40,28 @@ FAMILIES = {
     ),
     "phi": (transformers.PhiConfig, {**SIZES, "num_key_value_heads": 4}),
     "falcon": (transformers.FalconConfig, {**SIZES, "ffn_hidden_size": 56}),
+    "bloom": (
+        transformers.BloomConfig,
+        {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "pad_token_id": 0},
+    ),
+    "mpt": (
+        transformers.MptConfig,
+        {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64},
+    ),
+    "gptj": (transformers.GPTJConfig, {**GPT2_SIZES, "rotary_dim": 4}),
+    "codegen": (transformers.CodeGenConfig, {**GPT2_SIZES, "rotary_dim": 4}),
+    "nemotron": (transformers.NemotronConfig, SIZES),
+    "arcee": (transformers.ArceeConfig, SIZES),
 }
+NAN_LEFT_PADDED = ("bloom", "mpt")  # in float64, patched or not: their mask overflows the softmax
+EAGER_ATTENTION = ("bloom", "mpt", "gptj", "codegen")  # no other is there
 # transformers says no for the sake of its softcapping, which is off above.
 transformers.Gemma2ForCausalLM._supports_sdpa = transformers.Gemma2Model._supports_sdpa = True
 SEPARATE = {f"self_attn.{kind}_proj": kind for kind in "qkvo"}
 GATED = {"mlp.gate_proj": "gate", "mlp.up_proj": "h", "mlp.down_proj": "down"}  # up * dup = h * dh
 PACKED = {"mlp.gate_up_proj": ("gate", "h"), "mlp.down_proj": "down"}
+UP_DOWN = {"mlp.up_proj": "up", "mlp.act_fn": "h", "mlp.down_proj": "down"}
+FC_IN = {"mlp.fc_in": "up", "mlp.act": "h", "mlp.fc_out": "down"}
 FC = {"fc1": "up", "activation_fn": "h", "fc2": "down"}
 DENSE = {"mlp.dense_h_to_4h": "up", "mlp.act": "h", "mlp.dense_4h_to_h": "down"}
 # Module within a layer -> the kind under which its output is attributed; two where the output is of two halves.
@@ -60,6 +76,17 @@ PARTS = {
     "opt": {**SEPARATE, **FC, "self_attn.out_proj": "o"},
     "phi": {**SEPARATE, "self_attn.dense": "o"} | {f"mlp.{part}": kind for part, kind in FC.items()},
     "falcon": {"self_attention.query_key_value": "qkv", "self_attention.dense": "o"} | DENSE,
+    "bloom": {
+        "self_attention.query_key_value": "qkv", "self_attention.dense": "o",
+        "mlp.dense_h_to_4h": "up", "mlp.gelu_impl": "h", "mlp.dense_4h_to_h": "down",
+    },
+    "mpt": {
+        "attn.Wqkv": "qkv", "attn.out_proj": "o", "ffn.up_proj": "up", "ffn.act": "h", "ffn.down_proj": "down"
+    },
+    "gptj": {f"attn.{kind}_proj": kind for kind in "qkv"} | {"attn.out_proj": "o"} | FC_IN,
+    "codegen": {"attn.qkv_proj": "qkv", "attn.out_proj": "o"} | FC_IN,
+    "nemotron": SEPARATE | UP_DOWN,
+    "arcee": SEPARATE | UP_DOWN,
 }  # fmt: skip
 
 
@@ -80,7 +107,8 @@ def tiny_model(family="llama", dtype=torch.float32, **changes):
     config_class, options = FAMILIES[family]
     config = config_class(**{**options, **changes})
     # transformers' eager attention gives NaN for rows that are all padding in float64: its mask overflows the softmax.
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    attention = "eager" if family in EAGER_ATTENTION else "sdpa"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.train()
 
 

@@ -138,6 +138,53 @@ def test_unknown_scope():
         sk.patch(tiny_model(), scope="attention")
 
 
+def test_a_model_of_experts_alone_takes_an_unlearning_loss():
+    model, batch = moe_model().eval(), tiny_batch()
+    handle = sk.patch(model, scope="all")
+    assert handle.patched == []
+    assert_target_gradients(model, batch, handle)
+    handle.unpatch()
+    with pytest.raises(ValueError, match="unpatched"):
+        assert_target_gradients(model, batch, handle)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "scope 'all' needs none"), ({"scope": "all", "level": "neuron", "forget_samples": 3}, "level 'neuron'")],
+)
+def test_a_model_of_experts_alone_is_refused_where_mlps_are_needed(options, message):
+    with pytest.raises(ValueError, match=message):
+        sk.patch(moe_model(), **options)
+
+
+T5_SIZES = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 56, "num_layers": 2, "num_heads": 4}
+BART_SIZES = {
+    "vocab_size": 61, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 56, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+ENCODER_DECODERS = {
+    "t5": (transformers.T5ForConditionalGeneration, transformers.T5Config, T5_SIZES),
+    "bart": (transformers.BartForConditionalGeneration, transformers.BartConfig, BART_SIZES),
+    "blenderbot": (transformers.BlenderbotForConditionalGeneration, transformers.BlenderbotConfig, BART_SIZES),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["itself", "inside another module"])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_encoder_decoders_are_refused(family, inside):
+    model_class, config_class, sizes = ENCODER_DECODERS[family]
+    model = model_class(config_class(**sizes))
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        sk.patch(torch.nn.ModuleDict({"inner": model}) if inside else model)
+    assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+def test_a_decoder_used_alone_is_patched():
+    model = transformers.BartForCausalLM(transformers.BartConfig(**BART_SIZES))
+    assert sk.patch(model).patched == ["model.decoder.layers.0"]
+
+
 class Doubled(torch.nn.Linear):
     """A projection whose weight means something else, as that of a quantised layer or of an adapter."""
 
@@ -161,8 +208,64 @@ def parametrised_projection(mlp):
     torch.nn.utils.parametrizations.weight_norm(mlp.down_proj)
 
 
+class LoraLinear(torch.nn.Module):
+    """The structure of peft's: the layer that it adapts, and two small ones."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(base_layer.in_features, 2, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(2, base_layer.out_features, bias=False)})
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+LoraLinear.__module__, LoraLinear.__qualname__ = "peft.tuners.lora.layer", "Linear"
+
+
+def adapted_projection(mlp):
+    mlp.gate_proj = LoraLinear(mlp.gate_proj)
+
+
 def odd_activation(mlp):
     mlp.act_fn = torch.nn.Hardswish()
+
+
+def clipped_activation(mlp):
+    mlp.act_fn = torch.nn.ReLU6()
+
+
+def trained_activation(mlp):
+    mlp.act_fn = torch.nn.PReLU(init=0.0)
+
+
+def replaced_activation(mlp):
+    mlp.act_fn.forward = torch.nn.functional.silu
+
+
+class DroppingMLP(transformers.models.llama.modeling_llama.LlamaMLP):
+    def forward(self, x):
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(torch.nn.functional.dropout(h, 0.5, self.training))
+
+
+def dropout_inside(mlp):
+    mlp.__class__ = DroppingMLP
+    mlp.eval()
+
+
+class ClippingMLP(transformers.models.llama.modeling_llama.LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7.0)) * self.up_proj(x))
+
+
+def clipped_gate(mlp):
+    mlp.__class__ = ClippingMLP
 
 
 def hooked_activation(mlp):
@@ -185,12 +288,18 @@ def odd_forward(mlp):
 
 
 SKIPPED = {
-    "gate_proj is a Doubled": odd_projection,
-    "up_proj is a Linear; expected a plain": odd_weight,
-    "down_proj is a ParametrizedLinear": parametrised_projection,
+    "gate_proj is a tests.kernels.test_patching.Doubled; expected a plain": odd_projection,
+    "of class tests.kernels.test_patching.Subclassed; expected a plain": odd_weight,
+    "down_proj is a torch.nn.utils.parametrize.ParametrizedLinear": parametrised_projection,
+    "gate_proj is a peft.tuners.lora.layer.Linear; expected a plain linear layer": adapted_projection,
     "activation Hardswish is none of": odd_activation,
+    "activation ReLU6 is none of": clipped_activation,
+    "activation PReLU has parameters of its own": trained_activation,
+    "or its activation's, was already replaced": replaced_activation,
+    "DroppingMLP.forward does not compute": dropout_inside,
+    "ClippingMLP.forward does not compute": clipped_gate,
     "activation carries hooks": hooked_activation,
-    "already replaced": replaced_forward,
+    "its forward, or its activation's, was already": replaced_forward,
     "OffsetMLP.forward does not compute": odd_forward,
 }
 
@@ -227,13 +336,15 @@ def test_ungated_skipped_with_its_reason(reason, spoil):
     assert reason in handle.skipped["model.decoder.layers.1"]
 
 
-def test_an_activation_that_serves_two_mlps_is_patched_once():
-    model = tiny_model("phi")
-    first, second = (layer.mlp for layer in model.model.layers)
+def test_mlps_that_share_an_activation_module_are_skipped():
+    """Patched, either would be attributed the tokens of both."""
+    model = tiny_model("phi", num_hidden_layers=3)
+    first, second, _ = (layer.mlp for layer in model.model.layers)
     second.activation_fn = first.activation_fn
     handle = sk.patch(model)
-    assert handle.patched == ["model.layers.0.mlp"]
-    assert "also serves another MLP" in handle.skipped["model.layers.1.mlp"]
+    assert handle.patched == ["model.layers.2.mlp"]
+    assert list(handle.skipped) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert all("also serves another MLP" in reason for reason in handle.skipped.values())
 
 
 def test_strict_raises_and_patches_nothing():
@@ -268,3 +379,57 @@ def test_patched_training_follows_unpatched():
     assert relative(losses[0], losses[1]) < 1e-4
     for (name, weight), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert relative(weight.detach(), expected.detach()) < 1e-4, name
+
+
+def assert_target_gradients(model, batch, handle):
+    """Of every trainable parameter, against autograd's."""
+    forget = torch.tensor([True, False, True, False])
+    params = [param for param in model.parameters() if param.requires_grad]
+    handle.unlearning_loss(logits_of(model, batch), batch["labels"], forget).backward()
+    log_probs = sk.sequence_log_probs(logits_of(model, batch), batch["labels"])
+    for param, wanted in zip(params, torch.autograd.grad(log_probs[forget].exp().sum(), params), strict=True):
+        assert relative(param.target_grad, wanted) < 1e-4
+
+
+def with_adapters(model):
+    """peft's usual target_modules="all-linear": adapters on every linear layer of the decoder, all else frozen."""
+    model.requires_grad_(False)
+    for module in list(model.model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, LoraLinear(child))
+
+
+def with_replaced_forwards(model):
+    """What accelerate's dispatch_model, of a device_map, does to every module."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    for module in list(model.modules()):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+
+
+@pytest.mark.parametrize("change", [with_adapters, with_replaced_forwards])
+def test_nothing_to_patch_is_no_reason_to_refuse_a_loss(change):
+    model, batch = tiny_model(), tiny_batch()
+    change(model)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    handle = sk.patch(model, scope="all")
+    assert handle.patched == []
+    assert len(handle.skipped) == 2
+    assert_target_gradients(model, batch, handle)
+    handle.unpatch()
+    assert before == {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+def test_dispatched_after_it_was_patched():
+    """accelerate then calls the patched forward, and goes on with the class's once that is unpatched."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, batch = tiny_model(), tiny_batch()
+    expected = logits_of(model, batch)
+    handle = sk.patch(model, scope="all")
+    with_replaced_forwards(model)
+    assert relative(logits_of(model, batch), expected) < 1e-5
+    handle.unpatch()
+    assert torch.equal(logits_of(model, batch), expected)
+    hooks.remove_hook_from_submodules(model)
+    assert torch.equal(logits_of(model, batch), expected)
+    assert sk.patch(model, scope="all").patched == [f"model.layers.{layer}.mlp" for layer in range(2)]
