@@ -32,18 +32,23 @@ def hidden_backward(
     penalty: NeuronPenalty | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
-    value, derivative = ACTIVATIONS[activation]
+    value, gradient = ACTIVATIONS[activation]
     z, dh = x.to(dtype), grad_h.to(dtype)
-    activated, slope = value(z), derivative(z)
-    h = activated if up is None else activated * up.to(dtype)
-    unit_slope = slope if up is None else slope * up.to(dtype)  # dh/dx
+    factor = None if up is None else up.to(dtype)
+
+    def gated(signal: Tensor) -> Tensor:
+        return signal if factor is None else signal * factor
+
+    activated, grad_z = value(z), gradient(z, gated(dh))
+    h = gated(activated)
     h_scores = segment_scores(h * dh, segments) if scores or penalty is not None else None
-    x_scores = segment_scores(z * dh * unit_slope, segments) if scores else absent(x)
+    x_scores = segment_scores(z * grad_z, segments) if scores else absent(x)
     if penalty is not None:
         dh = dh * penalty_factor(h_scores[2], segments, len(x), penalty)
+        grad_z = gradient(z, gated(dh))
     grads = empty_grads(x, up, packed)
     grad_x, grad_up = grad_views(grads, packed)
-    grad_x.copy_(dh * unit_slope)
+    grad_x.copy_(grad_z)
     if grad_up is not None:
         grad_up.copy_(dh * activated)
     h = h.to(x.dtype).contiguous() if recompute_h else absent(x)
