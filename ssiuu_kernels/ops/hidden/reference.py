@@ -59,7 +59,8 @@ def penalty_factor(h_sum: Tensor, segments: Tensor, rows: int, penalty: NeuronPe
     """The factor of the backward signal of every row and neuron, `[T, F]`; stores `A_t` in the bank.
 
     `1 + 2 lambda ratio_b (A_t - A_{t-1})` where `A_t = ratio_b * h_sum < 0` and `A_{t-1}` is known, else 1: the
-    gradient of `lambda * sum (A_t - A_{t-1})^2` with `dP/dh = ratio_b * grad_h` held constant.
+    gradient of `lambda * sum (A_t - A_{t-1})^2` with `dP/dh = ratio_b * grad_h` held constant. With lambda 0 it is 1
+    whatever `A_{t-1}` is.
 
     Args:
         h_sum: `[B, F]`, sum over each sample's rows of `h * grad_h`.
@@ -69,7 +70,8 @@ def penalty_factor(h_sum: Tensor, segments: Tensor, rows: int, penalty: NeuronPe
         if bank_row < 0:
             continue
         attribution, before = penalty.ratio[b] * h_sum[b], penalty.bank[bank_row]
-        growth = torch.where((attribution < 0) & ~before.isnan(), attribution - before, 0)
+        penalised = (attribution < 0) & ~before.isnan() & (penalty.weight > 0)
+        growth = torch.where(penalised, attribution - before, 0)
         factor[start:end] = 1 + 2 * penalty.weight * penalty.ratio[b] * growth
         penalty.bank[bank_row] = attribution
     return factor
