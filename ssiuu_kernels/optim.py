@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import PenaltyStats
-from .ops.penalty import ADAMW_WRITES, PENALTY_WRITES, run_penalty, run_penalty_adamw
+from .ops.penalty import run_penalty, run_penalty_adamw
 from .ops.penalty.scalars import StepScalars, step_scalars
 from .penalised import PenalisedOptimizer
 from .update_in_backward import UpdateInBackward
@@ -55,7 +55,7 @@ class SsiuuAdamW(PenalisedOptimizer):
     """
 
     state_names = ("prev_attribution", "exp_avg", "exp_avg_sq")
-    written = ADAMW_WRITES
+    op = "penalty_adamw_"
     options = (*PenalisedOptimizer.options, "state_dtype", "stochastic_rounding", "seed")
     updates_without_target = True
     _in_backward: UpdateInBackward | None = None
@@ -169,7 +169,7 @@ class SsiuuPenalty(PenalisedOptimizer):
     """
 
     state_names = ("prev_attribution",)
-    written = PENALTY_WRITES
+    op = "penalty_"
 
     def __init__(
         self,

@@ -26,9 +26,11 @@ def check_group(group: dict) -> None:
     for name, harmless in _FOREIGN.items():
         if group.get(name, harmless) != harmless:
             raise ValueError(f"{name}={group[name]} in a parameter group is not supported; expected {harmless}")
+    for name in ("penalty_weight", "lr"):
+        value = group.get(name)
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected a number or a 0-dim tensor")
     weight, share = host_value(group["penalty_weight"]), group["penalty_share"]
-    if isinstance(weight, Tensor) and weight.dim():
-        raise ValueError(f"penalty_weight has shape {list(weight.shape)}; expected a number or a 0-dim tensor")
     if not isinstance(weight, Tensor) and not 0 <= weight <= LARGEST:
         raise ValueError(f"penalty_weight={weight}; expected a finite number from 0 to {LARGEST:g}")
     if share is not None and not 0 < share < 1:

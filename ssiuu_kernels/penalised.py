@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .backends import check_backend
 from .distributed import refuse_more_processes
 from .ops import PenaltyStats
-from .ops.penalty import check_tensors
+from .ops.penalty import check_launch
 from .ops.penalty.scalars import StepScalars
 from .param_groups import check_gradients, check_group, check_params, check_saved_state
 from .steering import next_weight
@@ -53,7 +53,7 @@ class PenalisedOptimizer(torch.optim.Optimizer):
     """Checks everything, then updates parameters launch by launch, then steers lambda."""
 
     state_names: tuple[str, ...]
-    written: tuple[str, ...]  # by the op, of the tensors that `_tensors` names
+    op: str  # that updates, by its name among `ops.penalty.WRITES`
     options: tuple[str, ...] = ("backend", "capturable", "last_stats", "_last_weight")  # that a copy keeps
     updates_without_target = False  # where the batches had no forget sample
     _warned = False
@@ -177,7 +177,12 @@ class PenalisedOptimizer(torch.optim.Optimizer):
     def update_all(self) -> None:
         """Update every parameter that has a gradient, then steer lambda."""
         self.check_before_update()
-        pending = [(group, param) for group, param in self._all_params() if param.grad is not None]
+        pending = []
+        for group, param in self._all_params():
+            if param.grad is not None:
+                pending.append((group, param))
+            elif getattr(param, "target_grad", None) is not None:
+                drop_target_grad(param)  # without a grad it is part of no step
         self._warn_of_changed_gradients([param for _, param in pending])
         self.finish_step(self.update_params(pending))
 
@@ -250,7 +255,7 @@ class PenalisedOptimizer(torch.optim.Optimizer):
         tensors = self._tensors(launch.params)
         if not launch.penalised:
             tensors["target_grad"] = tensors["grad"]  # only read, and replaced for the launch
-        check_tensors(tensors, self.written)
+        check_launch(self.op, tensors, self.backend)
         return tensors
 
     def _update(self, launch: _Launch, tensors: dict[str, list[Tensor]]) -> Part:

@@ -60,6 +60,7 @@ BAD_GROUPS = {
     "NaN for a weight": ("penalty_weight=nan", {"penalty_weight": math.nan}),
     "a weight that overflows": (r"penalty_weight=1e\+39", {"penalty_weight": 1e39}),
     "an infinite weight in a tensor": ("penalty_weight=inf", {"penalty_weight": torch.tensor(math.inf)}),
+    "a weight with a dimension": (r"penalty_weight has shape \[1\]", {"penalty_weight": torch.ones(1)}),
     "a share from a weight of 0": ("cannot be steered", {"penalty_weight": 0.0, "penalty_share": 0.5}),
     "maximize": ("maximize=True", {"maximize": True}),
     "amsgrad": ("amsgrad=True", {"amsgrad": True}),
@@ -69,6 +70,7 @@ BAD_GROUPS = {
 BAD_ADAMW_GROUPS = {
     "NaN for lr": ("lr=nan", {"lr": math.nan}),
     "NaN for lr in a tensor": ("lr=nan", {"lr": torch.tensor(math.nan)}),
+    "an lr with a dimension": (r"lr has shape \[2\]", {"lr": torch.ones(2)}),
     "a negative lr": ("lr=-1", {"lr": -1.0}),
     "an infinite eps": ("eps=inf", {"eps": math.inf}),
     "a negative decay": ("weight_decay=-1", {"weight_decay": -1.0}),
@@ -154,6 +156,35 @@ def test_a_bad_tensor_is_found_before_anything_is_written(kind, message, spoil, 
     give_gradients(params)
     spoil(params)
     assert_refused(optimizer, message)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_backend_that_cannot_take_one_of_the_types_is_found_before_anything_is_written(kind):
+    params = [torch.nn.Parameter(torch.randn(9).to(dtype)) for dtype in (torch.float32, torch.float16)]
+    optimizer = kind(params, backend="native")
+    give_gradients(params)
+    assert_refused(optimizer, "float16 is not supported")
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_parameters_of_many_types_are_updated_alike(kind):
+    types = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    params = [torch.nn.Parameter(torch.randn(9).to(dtype)) for dtype in types]
+    optimizer = kind(params, **(OPTIONS if kind is sk.SsiuuAdamW else {}))
+    before = everything(optimizer)
+    run(optimizer, 2)
+    assert [optimizer.state[param]["prev_attribution"].dtype for param in params] == list(types)
+    written = params if kind is sk.SsiuuAdamW else [param.grad for param in params]
+    assert not any(torch.equal(x, y) for x, y in zip(written, before, strict=False))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_target_gradient_without_a_gradient_is_part_of_no_step(kind):
+    params = parameters()
+    optimizer = kind(params)
+    params[1].grad = None
+    apply(optimizer)
+    assert params[1].target_grad is None
 
 
 BAD_PARAMETERS = {

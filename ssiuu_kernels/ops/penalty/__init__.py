@@ -20,8 +20,10 @@ for _name in ("penalty_", "penalty_adamw_"):
     backends.register(_name, "triton", triton_support.lazily(__name__, _name), triton_support.why_not)
 
 # What the two ops write, by the names of their lists.
-PENALTY_WRITES = ("grad", "prev_attribution")
-ADAMW_WRITES = ("param", "prev_attribution", "exp_avg", "exp_avg_sq")
+WRITES = {
+    "penalty_": ("grad", "prev_attribution"),
+    "penalty_adamw_": ("param", "prev_attribution", "exp_avg", "exp_avg_sq"),
+}
 
 
 def penalty_(
@@ -89,9 +91,9 @@ def penalty_many_(
         "grad": list(grads), "param": list(params), "target_grad": list(target_grads),
         "prev_attribution": list(prev_attributions),
     }  # fmt: skip
-    check_tensors(lists, PENALTY_WRITES)
+    check_launch("penalty_", lists, backend)
     scalars = step_scalars(step, weight, lists["param"][0].device)
-    return run_penalty(lists, scalars, backends.check_backend(backend))
+    return run_penalty(lists, scalars, backend)
 
 
 def run_penalty(lists: dict[str, list[Tensor]], scalars: StepScalars, backend: str) -> PenaltyStats:
@@ -184,11 +186,11 @@ def penalty_adamw_many_(
         "param": list(params), "grad": list(grads), "target_grad": list(target_grads),
         "prev_attribution": list(prev_attributions), "exp_avg": list(exp_avgs), "exp_avg_sq": list(exp_avg_sqs),
     }  # fmt: skip
-    check_tensors(lists, ADAMW_WRITES)
+    check_launch("penalty_adamw_", lists, backend)
     if seeds is not None and len(seeds) != len(lists["param"]):
         raise ValueError(f"seeds has {len(seeds)} entries; expected one for each of {len(lists['param'])} parameters")
     scalars = step_scalars(step, weight, lists["param"][0].device, lr, betas, eps, weight_decay)
-    return run_penalty_adamw(lists, scalars, seeds, backends.check_backend(backend))
+    return run_penalty_adamw(lists, scalars, seeds, backend)
 
 
 def run_penalty_adamw(
@@ -200,12 +202,15 @@ def run_penalty_adamw(
     return PenaltyStats.from_sums(_penalty_adamw(*lists.values(), *scalars, seeds, backend))
 
 
-def check_tensors(lists: dict[str, list[Tensor]], written: Collection[str]) -> None:
-    """The tensors of one launch, by the name of their list, fit one another.
+def check_launch(op: str, lists: dict[str, list[Tensor]], backend: str) -> None:
+    """The tensors of one launch, by the name of their list, fit one another, and the backend can take them."""
+    _check_tensors(lists, WRITES[op])
+    backends.check_backend(backend)
+    if not torch.compiler.is_compiling():  # the op chooses again when it runs
+        backends.select(op, backend, *(lists[name][0] for name in ("param", "grad", "prev_attribution")))
 
-    Args:
-        written: the names of the lists that are written.
-    """
+
+def _check_tensors(lists: dict[str, list[Tensor]], written: Collection[str]) -> None:
     counts = {name: len(tensors) for name, tensors in lists.items()}
     if len(set(counts.values())) > 1 or not counts["param"]:
         raise ValueError(
