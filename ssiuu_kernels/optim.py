@@ -27,12 +27,12 @@ class SsiuuAdamW(PenalisedOptimizer):
         params: parameters or parameter groups; frozen ones are left alone.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr may be a 0-dim tensor.
         penalty_weight: lambda, or where the steered lambda starts. The paper's is 1e-3 (FaithUn) or 1e-4 (TOFU), but
-            it is no portable number.
+            it is no portable number. From 0 to 1e30.
         penalty_share: of the scalars in I-, the fraction whose penalty gradient should outweigh their loss gradient;
             lambda is then steered towards it from step to step, on the device, between 1e-24 and 1e24; not by steps
             that say nothing of it, as when P is next to 0 (`steering.py`). None keeps lambda fixed. Groups with shares
             of their own are steered each by its own.
-        state_dtype: of `A_{t-1}` and the moments; None: the parameter's.
+        state_dtype: of `A_{t-1}` and the moments; None: the parameter's, and float32 for float16.
         stochastic_rounding: round the bfloat16 tensors that a step writes, parameters and states, at random so that
             their mean is kept. Deterministic by seed and step.
         seed: of the stochastic rounding.
@@ -134,7 +134,7 @@ class SsiuuAdamW(PenalisedOptimizer):
         return loss
 
     def _state_dtype(self, param: nn.Parameter) -> torch.dtype:
-        return self.state_dtype or param.dtype
+        return self.state_dtype or super()._state_dtype(param)
 
     def _tensors(self, params: list[nn.Parameter]) -> dict[str, list[Tensor]]:
         return {

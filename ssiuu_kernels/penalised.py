@@ -165,7 +165,8 @@ class PenalisedOptimizer(torch.optim.Optimizer):
         )
 
     def _state_dtype(self, param: nn.Parameter) -> torch.dtype:
-        return param.dtype
+        # The squares of ordinary gradients, and attributions, are 0 in float16, and the next step would divide by eps.
+        return torch.float32 if param.dtype == torch.float16 else param.dtype
 
     def check_before_update(self) -> None:
         """What can be wrong whatever the gradients are; before the first update of a step."""

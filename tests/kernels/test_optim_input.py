@@ -173,9 +173,20 @@ def test_parameters_of_many_types_are_updated_alike(kind):
     optimizer = kind(params, **(OPTIONS if kind is sk.SsiuuAdamW else {}))
     before = everything(optimizer)
     run(optimizer, 2)
-    assert [optimizer.state[param]["prev_attribution"].dtype for param in params] == list(types)
+    states = [optimizer.state[param]["prev_attribution"].dtype for param in params]
+    assert states == [torch.float32, torch.float32, torch.bfloat16, torch.float64]
     written = params if kind is sk.SsiuuAdamW else [param.grad for param in params]
     assert not any(torch.equal(x, y) for x, y in zip(written, before, strict=False))
+
+
+def test_float16_is_trained_in_steps_of_the_learning_rate():
+    """The square of its gradients is 0 in float16."""
+    param = torch.nn.Parameter(torch.ones(9, dtype=torch.float16))
+    optimizer = sk.SsiuuAdamW([param], lr=0.01, penalty_weight=0.0)
+    for _ in range(5):
+        param.grad, param.target_grad = torch.full_like(param, 1e-4), torch.zeros_like(param)
+        optimizer.step()
+    assert torch.allclose(param.float(), torch.tensor(0.95), atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", BOTH)
