@@ -30,8 +30,8 @@ class SsiuuAdamW(PenalisedOptimizer):
             it is no portable number. From 0 to 1e30.
         penalty_share: of the scalars in I-, the fraction whose penalty gradient should outweigh their loss gradient;
             lambda is then steered towards it from step to step, on the device, between 1e-24 and 1e24; not by steps
-            that say nothing of it, as when P is next to 0 (`steering.py`). None keeps lambda fixed. Groups with shares
-            of their own are steered each by its own.
+            that say nothing of it, as when P is almost 0 (`steering.py`). None keeps lambda fixed. A group with its own
+            share is steered by its own statistics.
         state_dtype: of `A_{t-1}` and the moments; None: the parameter's, and float32 for float16.
         stochastic_rounding: round the bfloat16 tensors that a step writes, parameters and states, at random so that
             their mean is kept. Deterministic by seed and step.

@@ -35,11 +35,11 @@ def steered_weight(weight: Tensor, measured_share: Tensor, wanted_share: float) 
 def next_weight(weight: Tensor, stats: PenaltyStats, wanted_share: float) -> Tensor:
     """The steered lambda, or the same one where the step says nothing of it; without a host read.
 
-    It says nothing where the lambda at which both gradients have one norm is no number within the bounds: I- is empty,
-    A did not change, the loss gradient is 0, something is not finite, or P is so small that no lambda within the bounds
-    would make up for it (about 1e-10; at P = 0 the penalty is 0). The share then reads 0 or 1 whatever lambda is. So
-    lambda keeps, over however many such steps, the value that it had before: where P comes back, the first step
-    penalises with that, and steering goes on from its share.
+    It says nothing where the lambda at which both gradients have the same norm is not finite or outside the bounds: I-
+    is empty, A did not change, the loss gradient is 0, something overflowed, or P is so small that no lambda within the
+    bounds makes up for it (below about 1e-10; at P = 0 the penalty is 0). The share then reads 0 or 1 whatever lambda
+    is. lambda keeps its last value over all such steps. When P comes back, the first step penalises with that value,
+    and steering goes on from the share of that step.
 
     Args:
         weight: as in `steered_weight`.

@@ -224,7 +224,7 @@ def test_infinity_and_nan_go_where_the_formula_puts_them(backend):
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize("name", ["weight", "lr"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e39])
-def test_a_tensor_that_is_no_usable_number_leaves_the_parameter(value, name, types, backend):
+def test_a_tensor_out_of_range_leaves_the_parameter(value, name, types, backend):
     """It is not read on the host, and so cannot be refused."""
     tensors = make_inputs(40, types)
     before = tensors[0].clone()
@@ -236,7 +236,7 @@ def test_a_tensor_that_is_no_usable_number_leaves_the_parameter(value, name, typ
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e39])
-def test_a_tensor_that_is_no_usable_weight_adds_nothing(value, backend):
+def test_a_weight_tensor_out_of_range_adds_nothing(value, backend):
     param, grad, target_grad, previous, *_ = make_inputs(40, TYPES["float32"])
     before = grad.clone()
     weight = torch.tensor(value, dtype=torch.float64)
