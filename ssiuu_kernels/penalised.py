@@ -113,10 +113,7 @@ class PenalisedOptimizer(torch.optim.Optimizer):
             ValueError: options out of range, or that would change the update (maximize, amsgrad); a state that is of
                 another optimizer or shape. Nothing is changed then.
         """
-        groups = [
-            {**{name: own[name] for name in self.defaults}, **saved}
-            for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
-        ]
+        groups = [{**own, **saved} for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)]
         for group in groups:
             check_group(group)
             check_group({**group, "penalty_weight": float(group["penalty_weight"])})

@@ -238,6 +238,18 @@ def test_the_states_of_an_older_version_are_taken(kind):
     assert resumed.last_stats.penalty_grad_norm > 0
 
 
+@pytest.mark.parametrize("kind", BOTH)
+def test_states_are_loaded_twice(kind):
+    """torch adds a default at the first time that the groups lack."""
+    optimizer = kind(parameters())
+    run(optimizer, 2)
+    saved, resumed = optimizer.state_dict(), kind(parameters())
+    for _ in range(2):
+        resumed.load_state_dict(saved)
+    assert resumed.state_dict()["param_groups"] == saved["param_groups"]
+    resumed.add_param_group({"params": parameters((3,))})
+
+
 @pytest.mark.parametrize(("first", "second"), [(False, True), (True, False)])
 def test_capturable_states_and_others_are_exchanged(first, second):
     params = parameters()
