@@ -2,194 +2,47 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from .backends import check_backend
-from .ops import PenaltyStats, penalty_adamw_many_, penalty_many_
+from .ops import PenaltyStats
+from .ops.penalty import run_penalty, run_penalty_adamw
+from .ops.penalty.scalars import StepScalars, step_scalars
+from .penalised import PenalisedOptimizer
 from .update_in_backward import UpdateInBackward
 
-# Bounds of one step of the steered lambda: a share read as 0 or 1 says only "far", and early ones are noisy.
-_SHARE_FLOOR = 1e-6
-_MAX_LOG_STEP = math.log(1000)
 
-# Parameters below this size share a launch. A launch costs a few microseconds, in which a device that moves 3 TB/s
-# updates some 2^20 scalars of 20 bytes; above it a parameter keeps the device busy by itself.
-SMALL = 1 << 20
-
-
-def steered_weight(weight: Tensor, measured_share: Tensor, wanted_share: float) -> Tensor:
-    """The next lambda, from the share measured with this one; without a host read.
-
-    The log-odds of the share grow about linearly with log lambda (slope 0.6 to 1 in the figures of the project's
-    design notes), so moving log lambda by the difference in log-odds is close to a Newton step, and does not overshoot.
-
-    Args:
-        weight: lambda, > 0, with which the share was measured; 0-dim.
-        measured_share, wanted_share: fractions of I- whose penalty gradient outweighs their loss gradient.
-    """
-    wanted = math.log(wanted_share / (1 - wanted_share))
-    move = wanted - torch.logit(measured_share, eps=_SHARE_FLOOR)
-    return weight * move.clamp(-_MAX_LOG_STEP, _MAX_LOG_STEP).exp()
-
-
-class _PenalisedOptimizer(torch.optim.Optimizer):
-    """What the two optimizers share: lambda and its steering, the checks, and the life of `param.target_grad`."""
-
-    state_names: tuple[str, ...]
-    _update: Callable[[dict, list[nn.Parameter]], PenaltyStats]  # one launch over these parameters
-
-    def __init__(
-        self,
-        params: Iterable,
-        defaults: dict,
-        penalty_weight: float,
-        penalty_share: float | None,
-        backend: str,
-        capturable: bool,
-    ):
-        if not (math.isfinite(penalty_weight) and penalty_weight >= 0):
-            raise ValueError(f"penalty_weight={penalty_weight}; expected a finite number >= 0")
-        if penalty_share is not None and not 0 < penalty_share < 1:
-            raise ValueError(f"penalty_share={penalty_share}; expected a fraction between 0 and 1, or None")
-        if penalty_share is not None and penalty_weight == 0:
-            raise ValueError("penalty_weight=0 cannot be steered to a penalty_share; start from a positive one")
-        self.backend, self.capturable = check_backend(backend), capturable
-        self.last_stats: PenaltyStats | None = None
-        self._last_weight: float | Tensor = penalty_weight
-        super().__init__(params, {**defaults, "penalty_weight": penalty_weight, "penalty_share": penalty_share})
-
-    @property
-    def penalty_weight(self) -> float:
-        """lambda of the first parameter group, as the next step will use it. Waits for the device if it is steered."""
-        return float(self.param_groups[0]["penalty_weight"])
-
-    @property
-    def last_weight(self) -> float:
-        """lambda of the first parameter group at the last step. Waits for the device if it is steered."""
-        return float(self._last_weight)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear `param.grad` and `param.target_grad`."""
-        super().zero_grad(set_to_none)
-        for _, param in self._all_params():
-            param.target_grad = None
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch, but states keep the type in which they were saved: torch would cast them to the parameter's."""
-        super().load_state_dict(state_dict)
-        saved_ids = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for saved_id, (_, param) in zip(saved_ids, self._all_params(), strict=True):
-            saved = state_dict["state"].get(saved_id, {})
-            for name in self.state_names:
-                if name in saved:
-                    self.state[param][name] = saved[name].to(param.device, copy=True)
-
-    def _all_params(self) -> Iterable[tuple[dict, nn.Parameter]]:
-        return ((group, param) for group in self.param_groups for param in group["params"])
-
-    def _new_state(self, param: nn.Parameter) -> dict:
-        step = torch.zeros((), dtype=torch.float64, device=param.device) if self.capturable else 0
-        zeros = {
-            name: torch.zeros_like(param, dtype=self._state_dtype(param), memory_format=torch.contiguous_format)
-            for name in self.state_names
-        }
-        return {"step": step, **zeros}
-
-    def _state_dtype(self, param: nn.Parameter) -> torch.dtype:
-        return param.dtype
-
-    def _update_all(self) -> None:
-        """Update every parameter that has a gradient, then steer lambda."""
-        pending = [(group, param) for group, param in self._all_params() if param.grad is not None]
-        self.finish_step(self.update_params(pending), [param for _, param in pending])
-
-    def update_params(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[PenaltyStats]:
-        """Update these parameters, and set their target gradients to None."""
-        for _, param in pending:  # before anything is written
-            if getattr(param, "target_grad", None) is None:
-                raise ValueError(
-                    f"a parameter of shape {list(param.shape)} has a grad but no target_grad; expected both from "
-                    "handle.unlearning_loss(...).backward(): patch with scope='all', or leave it to another optimizer"
-                )
-        for group, param in pending:
-            if group["penalty_share"] is not None:
-                self._put_weight_on(group, param.device)
-            if not self.state[param]:
-                self.state[param].update(self._new_state(param))
-            self.state[param]["step"] += 1
-        parts = [self._update(group, params) for group, params in self._launches(pending)]
-        for _, param in pending:
-            # It belongs to this step alone: left behind, it would be counted again by the next backward.
-            param.target_grad = None
-        return parts
-
-    def finish_step(self, parts: Sequence[PenaltyStats], updated: Sequence[nn.Parameter]) -> None:
-        """Total the statistics of a step, and steer lambda by them."""
-        self.last_stats = PenaltyStats.total(parts) if parts else None
-        weight = self.param_groups[0]["penalty_weight"]
-        self._last_weight = weight.clone() if isinstance(weight, Tensor) else weight
-        if parts:
-            self._steer(self.state[updated[0]]["step"])
-
-    def _launches(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[tuple[dict, list[nn.Parameter]]]:
-        """Parameters that are updated together: a large one alone, small ones of like kind in one launch."""
-        together: dict[tuple, tuple[dict, list[nn.Parameter]]] = {}
-        for index, (group, param) in enumerate(pending):
-            state = self.state[param]
-            step = 0 if self.capturable else state["step"]
-            kind = (id(group), step, param.dtype, param.grad.dtype, state["prev_attribution"].dtype, param.device)
-            key = kind if param.numel() < SMALL else index
-            together.setdefault(key, (group, []))[1].append(param)
-        return list(together.values())
-
-    def _states(self, params: list[nn.Parameter], name: str) -> list[Tensor]:
-        return [self.state[param][name] for param in params]
-
-    @staticmethod
-    def _put_weight_on(group: dict, device: torch.device) -> None:
-        weight = group["penalty_weight"]
-        if not isinstance(weight, Tensor) or weight.device != device:
-            group["penalty_weight"] = torch.as_tensor(weight, dtype=torch.float64).to(device)
-
-    def _steer(self, step: int | Tensor) -> None:
-        if not isinstance(step, Tensor) and step == 1:
-            return  # the first step has no A_{t-1}, so its share says nothing
-        for group in self.param_groups:
-            if group["penalty_share"] is None or not isinstance(group["penalty_weight"], Tensor):
-                continue
-            weight = group["penalty_weight"]
-            steered = steered_weight(weight, self.last_stats.share.to(weight.device), group["penalty_share"])
-            # In place: a captured graph reads this tensor.
-            weight.copy_(torch.where(step > 1, steered, weight) if isinstance(step, Tensor) else steered)
-
-
-class SsiuuAdamW(_PenalisedOptimizer):
+class SsiuuAdamW(PenalisedOptimizer):
     """AdamW on `dJ = dL + lambda dR`, the penalty and the update in one pass over memory.
 
     Reads `param.grad` (`dL`) and `param.target_grad` (`gP`), as `PatchHandle.unlearning_loss` fills them. `step()` sets
-    `target_grad` to None. `A_{t-1}`, the moments and the current lambda are in `state_dict()`.
+    `target_grad` to None. `A_{t-1}`, the moments and the current lambda are in `state_dict()`. Where no batch since the
+    last step had a forget sample, the step is plain AdamW, `A_{t-1}` stays, and lambda is not steered.
+
+    A copy (`copy.deepcopy`, pickle) has copies of the parameters, and updates those: copy it together with its model.
 
     Args:
-        params: parameters or parameter groups.
+        params: parameters or parameter groups; frozen ones are left alone.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr may be a 0-dim tensor.
         penalty_weight: lambda, or where the steered lambda starts. The paper's is 1e-3 (FaithUn) or 1e-4 (TOFU), but
-            it is no portable number.
+            it is no portable number. From 0 to 1e30.
         penalty_share: of the scalars in I-, the fraction whose penalty gradient should outweigh their loss gradient;
-            lambda is then steered towards it from step to step, on the device. None keeps lambda fixed.
-        state_dtype: of `A_{t-1}` and the moments; None: the parameter's.
+            lambda is then steered towards it from step to step, on the device, between 1e-24 and 1e24; not by steps
+            that say nothing of it, as when P is almost 0 (`steering.py`). None keeps lambda fixed. A group with its own
+            share is steered by its own statistics.
+        state_dtype: of `A_{t-1}` and the moments; None: the parameter's, and float32 for float16.
         stochastic_rounding: round the bfloat16 tensors that a step writes, parameters and states, at random so that
             their mean is kept. Deterministic by seed and step.
         seed: of the stochastic rounding.
         capturable: step and lambda live on the device, so that `step()` can be captured in a CUDA graph and replayed.
-            Every parameter then has a gradient at every step, or at none.
+            Every parameter then has a gradient at every step, or at none. A tensor lr or lambda on an accelerator is
+            not read on the host: one that is not finite leaves the parameters as they are.
         update_in_backward: update a parameter as soon as its two gradients are complete, during `backward()`, and free
             them, so that the gradients of no more than two layers exist at once (`update_in_backward.py`). `step()`
-            then updates what is left, the small parameters, and steers lambda. Every backward is followed by one.
+            then updates what is left, the small parameters, and steers lambda. Every backward is followed by one. It
+            goes with neither clipping, accumulation nor a GradScaler.
         backend: backend of the ops.
 
     Attributes:
@@ -197,10 +50,15 @@ class SsiuuAdamW(_PenalisedOptimizer):
         last_weight: lambda of the last step; `penalty_weight` is that of the next.
 
     Raises:
-        ValueError: options out of range.
+        ValueError: options out of range; a parameter twice in a group, or one that is not contiguous.
+        TypeError: a trainable parameter that is not of a floating type.
     """
 
     state_names = ("prev_attribution", "exp_avg", "exp_avg_sq")
+    op = "penalty_adamw_"
+    options = (*PenalisedOptimizer.options, "state_dtype", "stochastic_rounding", "seed")
+    updates_without_target = True
+    _in_backward: UpdateInBackward | None = None
 
     def __init__(
         self,
@@ -218,11 +76,6 @@ class SsiuuAdamW(_PenalisedOptimizer):
         update_in_backward: bool = False,
         backend: str = "auto",
     ):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not isinstance(value, Tensor) and value < 0:
-                raise ValueError(f"{name}={value}; expected a number >= 0")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas}; expected two numbers in [0, 1)")
         if state_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype={state_dtype}; expected torch.float32, torch.bfloat16 or None")
         self.state_dtype, self.stochastic_rounding, self.seed = state_dtype, stochastic_rounding, seed
@@ -231,10 +84,32 @@ class SsiuuAdamW(_PenalisedOptimizer):
         self._in_backward = UpdateInBackward(self) if update_in_backward else None
 
     def add_param_group(self, param_group: dict) -> None:
-        """As in torch; refused once parameters are updated in backward."""
-        if getattr(self, "_in_backward", None) is not None:
+        """As in torch; options out of range are refused, and new parameters once they are updated in backward."""
+        if self._in_backward is not None:
             raise ValueError("update_in_backward=True fixes the parameters; make another optimizer for new ones")
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict:
+        if self._in_backward is not None:
+            self._in_backward.refuse_copy()
+        return {**super().__getstate__(), "_in_backward": self._in_backward is not None}
+
+    def __setstate__(self, state: dict) -> None:
+        # `load_state_dict` calls it too, with the groups and states alone.
+        hooked = state.get("_in_backward", False)
+        super().__setstate__({name: value for name, value in state.items() if name != "_in_backward"})
+        if hooked:
+            self._in_backward = UpdateInBackward(self)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by `torch.amp.GradScaler.step` on its way to `step`."""
+        if self._in_backward is not None:
+            raise ValueError(
+                "a GradScaler with update_in_backward=True, which has applied the scaled gradients already; use "
+                "bfloat16, which needs no scaler, or update_in_backward=False"
+            )
+        return False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -244,34 +119,38 @@ class SsiuuAdamW(_PenalisedOptimizer):
             closure: recomputes and returns the loss, as in `torch.optim.Optimizer.step`.
 
         Raises:
-            ValueError: a parameter with a `grad` but no `target_grad`, nothing is changed then; update_in_backward
-                and a gradient that was changed since the backward (clipped, say).
+            ValueError: a parameter with a `grad` but no `target_grad` (two steps after one backward, say), options of a
+                group out of range, a sparse gradient, or more than one process: nothing is changed then; with
+                update_in_backward a step without a backward, or a gradient that was changed since (clipped, say).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._in_backward is None:
-            self._update_all()
+            self.update_all()
         else:
             self._in_backward.finish()
         return loss
 
     def _state_dtype(self, param: nn.Parameter) -> torch.dtype:
-        return self.state_dtype or param.dtype
+        return self.state_dtype or super()._state_dtype(param)
 
-    def _update(self, group: dict, params: list[nn.Parameter]) -> PenaltyStats:
-        return penalty_adamw_many_(
-            params,
-            [param.grad.contiguous() for param in params],
-            [param.target_grad.contiguous() for param in params],
-            *(self._states(params, name) for name in self.state_names),
-            step=self.state[params[0]]["step"],
-            weight=group["penalty_weight"],
-            seeds=self._seeds(params) if self.stochastic_rounding else None,
-            backend=self.backend,
-            **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
-        )
+    def _tensors(self, params: list[nn.Parameter]) -> dict[str, list[Tensor]]:
+        return {
+            "param": params,
+            "grad": [param.grad for param in params],
+            "target_grad": [getattr(param, "target_grad", None) for param in params],
+            **{name: self._states(params, name) for name in self.state_names},
+        }
+
+    def _scalars(self, group: dict, param: nn.Parameter) -> StepScalars:
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        return step_scalars(self.state[param]["step"], group["penalty_weight"], param.device, **options)
+
+    def _run(self, params, tensors, scalars) -> PenaltyStats:
+        seeds = self._seeds(params) if self.stochastic_rounding else None
+        return run_penalty_adamw(tensors, scalars, seeds, self.backend)
 
     def _seeds(self, params: list[nn.Parameter]) -> list[int]:
         """One for each parameter, by its place among all: two of them share no draws, in whatever launch they are."""
@@ -279,7 +158,7 @@ class SsiuuAdamW(_PenalisedOptimizer):
         return [self.seed * 1_000_003 + place[param] for param in params]
 
 
-class SsiuuPenalty(_PenalisedOptimizer):
+class SsiuuPenalty(PenalisedOptimizer):
     """The penalty alone, to stand before any optimizer's step: `penalty.apply_(); optimizer.step()`.
 
     Args:
@@ -290,6 +169,7 @@ class SsiuuPenalty(_PenalisedOptimizer):
     """
 
     state_names = ("prev_attribution",)
+    op = "penalty_"
 
     def __init__(
         self,
@@ -304,27 +184,27 @@ class SsiuuPenalty(_PenalisedOptimizer):
     def apply_(self) -> PenaltyStats | None:
         """Add the penalty's gradient to every `param.grad`, and set `param.target_grad` to None.
 
+        Where no batch since the last step had a forget sample, nothing is added, and `A_{t-1}` stays.
+
         Returns:
             `PenaltyStats` of all parameters together; None where no parameter has a gradient.
 
         Raises:
             ValueError: a parameter with a `grad` but no `target_grad`; nothing is changed then.
         """
-        self._update_all()
+        self.update_all()
         return self.last_stats
 
-    def _update(self, group: dict, params: list[nn.Parameter]) -> PenaltyStats:
-        grads = [param.grad.contiguous() for param in params]
-        stats = penalty_many_(
-            grads,
-            params,
-            [param.target_grad.contiguous() for param in params],
-            self._states(params, "prev_attribution"),
-            weight=group["penalty_weight"],
-            step=self.state[params[0]]["step"],
-            backend=self.backend,
-        )
-        for param, grad in zip(params, grads, strict=True):
-            if grad is not param.grad:
-                param.grad.copy_(grad)
-        return stats
+    def _tensors(self, params: list[nn.Parameter]) -> dict[str, list[Tensor]]:
+        return {
+            "grad": [param.grad for param in params],
+            "param": params,
+            "target_grad": [getattr(param, "target_grad", None) for param in params],
+            "prev_attribution": self._states(params, "prev_attribution"),
+        }
+
+    def _scalars(self, group: dict, param: nn.Parameter) -> StepScalars:
+        return step_scalars(self.state[param]["step"], group["penalty_weight"], param.device)
+
+    def _run(self, params, tensors, scalars) -> PenaltyStats:
+        return run_penalty(tensors, scalars, self.backend)

@@ -14,10 +14,13 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """`value(x)` and `derivative(x)`, elementwise; at 0 the derivative of a rectifier is 0, as in PyTorch."""
+    """`value(x)` and `gradient(x, grad)`, which is `grad * act'(x)`; elementwise.
+
+    Where x <= 0 the gradient of a rectifier is 0 whatever `grad` is, infinity and NaN included, as in PyTorch.
+    """
 
     value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
 
 
 def _silu_derivative(x: Tensor) -> Tensor:
@@ -45,12 +48,16 @@ def _gelu_tanh_derivative(x: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)
 
 
+def _relu_squared_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    return (2 * x * grad).masked_fill_(x <= 0, 0)
+
+
 ACTIVATIONS = {
-    "silu": Activation(lambda x: x * torch.sigmoid(x), _silu_derivative),
-    "gelu": Activation(lambda x: x * _normal_cdf(x), _gelu_derivative),
-    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_derivative),
-    "relu": Activation(torch.relu, lambda x: (x > 0).to(x.dtype)),
-    "relu_squared": Activation(lambda x: torch.relu(x).square(), lambda x: 2 * torch.relu(x)),
+    "silu": Activation(lambda x: x * torch.sigmoid(x), lambda x, grad: grad * _silu_derivative(x)),
+    "gelu": Activation(lambda x: x * _normal_cdf(x), lambda x, grad: grad * _gelu_derivative(x)),
+    "gelu_tanh": Activation(_gelu_tanh, lambda x, grad: grad * _gelu_tanh_derivative(x)),
+    "relu": Activation(torch.relu, lambda x, grad: grad.masked_fill(x <= 0, 0)),
+    "relu_squared": Activation(lambda x: torch.relu(x).square(), _relu_squared_gradient),
 }
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 

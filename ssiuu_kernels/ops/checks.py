@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -37,21 +37,32 @@ def check_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [T, D] or [B, S, D]")
 
 
-def check_in_place(**tensors: Tensor) -> None:
-    """The tensors are dense, row-major and share no memory, so that one pass may write them while it reads."""
-    spans: list[tuple[int, int, str]] = []
-    for name, tensor in tensors.items():
+def check_in_place(tensors: Iterable[tuple[str, Tensor, bool]]) -> None:
+    """The tensors are contiguous, and no memory is written that another of them has: one pass reads and writes.
+
+    Args:
+        tensors: (name, tensor, whether it is written), all on one device.
+    """
+    spans: list[tuple[int, int, str, bool]] = []
+    for name, tensor, written in tensors:
         if not tensor.is_contiguous():
             raise ValueError(
                 f"{name} of shape {list(tensor.shape)} and strides {list(tensor.stride())} is not contiguous; "
                 f"in-place ops need it so: keep it contiguous, or pass {name}.contiguous() and copy back"
             )
-        start = tensor.data_ptr()
-        spans.append((start, start + tensor.numel() * tensor.element_size(), name))
-    spans.sort()
-    for (_, end, name), (start, last, other) in itertools.pairwise(spans):
-        if start < end and start != last:
+        if tensor.numel():
+            start = tensor.data_ptr()
+            spans.append((start, start + tensor.numel() * tensor.element_size(), name, written))
+    spans.sort(key=lambda span: span[0])
+    # By rising starts, each is held against the one before that reaches furthest, and the written one that does.
+    furthest = furthest_written = (0, "")
+    for start, end, name, written in spans:
+        reach, other = furthest if written else furthest_written
+        if start < reach:
             raise ValueError(f"{name} and {other} share memory; in-place ops need separate tensors: clone one of them")
+        furthest = max(furthest, (end, name))
+        if written:
+            furthest_written = max(furthest_written, (end, name))
 
 
 def as_rows(tensor: Tensor) -> Tensor:

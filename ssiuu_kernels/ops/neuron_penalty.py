@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .precision import LARGEST
 
 
 class NeuronPenalty(NamedTuple):
@@ -17,7 +18,8 @@ class NeuronPenalty(NamedTuple):
     arriving signal is multiplied by `1 + 2 weight ratio_b (A_t - A_{t-1})`.
 
     Attributes:
-        weight: lambda; a float, or a 0-dim tensor on the data's device.
+        weight: lambda, from 0 to 1e30; a float, or a 0-dim tensor on the data's device, which is not read on the host:
+            out of this range it counts as 0.
         ratio: float32 `[B]`, what turns grad_h into dP_b/dh: `P_b / w_b` where `w_b ds_b/dh` arrives; 0: no penalty.
         bank: float32 `[N, F]`, contiguous; `A_{t-1}` of N samples, NaN where a sample has not been seen. Overwritten
             with `A_t`. (float64, as ratio, for float64 data.)
@@ -57,8 +59,8 @@ def check_penalty(penalty: NeuronPenalty | None, x: Tensor, segments: Tensor) ->
     if isinstance(weight, Tensor):
         if weight.dim() or weight.device != x.device:
             raise ValueError(f"penalty.weight is {list(weight.shape)} on {weight.device}; expected 0-dim on {x.device}")
-    elif not 0 <= weight < math.inf:
-        raise ValueError(f"penalty.weight={weight} is not a finite number >= 0")
+    elif not 0 <= weight <= LARGEST:
+        raise ValueError(f"penalty.weight={weight}; expected a finite number from 0 to {LARGEST:g}")
 
 
 def check_penalty_rows(rows: Tensor, bank: Tensor) -> None:

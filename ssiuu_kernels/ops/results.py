@@ -100,7 +100,10 @@ class PenaltyStats(NamedTuple):
     @classmethod
     def total(cls, parts: Sequence[PenaltyStats]) -> PenaltyStats:
         """The statistics of several parameters taken as one."""
-        value, penalty_norm, loss_norm, share, negative = (torch.stack(field) for field in zip(*parts, strict=True))
+        device = parts[0].value.device  # of a model on several devices, the parts are on several
+        value, penalty_norm, loss_norm, share, negative = (
+            torch.stack([part.to(device) for part in field]) for field in zip(*parts, strict=True)
+        )
         outweighed = share * negative
         return cls.from_sums(
             torch.stack([part.sum() for part in (value, penalty_norm**2, loss_norm**2, outweighed, negative)])

@@ -1,5 +1,8 @@
 """The ops in eager PyTorch, with autograd's derivatives, as a user would write them: what kernels are held against."""
 
+import itertools
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +13,22 @@ ACTIVATIONS = {
     "relu": F.relu,
     "relu_squared": lambda x: F.relu(x).square(),
 }
+
+# Around 0, where a product overflows, and beyond; -1e4 is where every smooth activation is 0 in float32.
+SPECIALS = [
+    0.0, -0.0, 1e-38, -1e-38, 1.5, -1.5, 20.0, -20.0, 1e15, -1e4, -1e15, 3e38, -3e38, math.inf, -math.inf, math.nan
+]  # fmt: skip
+
+
+def specials(count, dtype):
+    """`count` tensors `[T, 16]` whose elements side by side are every combination of `SPECIALS`."""
+    combined = torch.tensor(list(itertools.product(SPECIALS, repeat=count)), dtype=dtype)
+    return [column.reshape(-1, len(SPECIALS)) for column in combined.t().contiguous()]
+
+
+def kinds(tensor):
+    """0 where a number is finite, 1 and 2 for the two infinities, 3 for NaN."""
+    return tensor.isposinf() + 2 * tensor.isneginf() + 3 * tensor.isnan()
 
 
 def segment_scores(product, segments):

@@ -75,6 +75,18 @@ def test_nan_reaches_gradient_and_scores(activation, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", eager.ACTIVATIONS)
+def test_infinity_and_nan_go_where_pytorch_puts_them(activation, dtype, backend):
+    """The gradient of relu is 0 at x <= 0, whatever arrives."""
+    x, grad_h = eager.specials(2, dtype)
+    grads = sk.ops.act_backward(x, grad_h, activation=activation, recompute_h=True, backend=backend)
+    expected = eager_act(x, grad_h, as_segments([]), activation)
+    for name in ("h", "grad_x"):
+        assert torch.equal(eager.kinds(getattr(grads, name)), eager.kinds(expected[name])), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_was_asked_for(backend):
     grads = sk.ops.act_backward(torch.randn(5, 8), torch.randn(5, 8), backend=backend)
     assert grads[1:] == (None, None, None)

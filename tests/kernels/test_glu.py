@@ -108,6 +108,17 @@ def test_nan_reaches_gradients_and_scores(position, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_infinity_and_nan_go_where_pytorch_puts_them(activation, dtype, backend):
+    inputs = eager.specials(3, dtype)
+    actual = run(*inputs, as_segments([]), activation, backend)
+    expected = eager.glu(*inputs, as_segments([]), activation)
+    for name in ("h", "grad_gate", "grad_up"):
+        assert torch.equal(eager.kinds(actual[name]), eager.kinds(expected[name])), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_three_dimensions_are_samples(backend):
     gate, up, grad_h = (torch.randn(4, 6, 19) for _ in range(3))
     grads = sk.ops.glu_backward(gate, up, grad_h, scores=True, backend=backend)

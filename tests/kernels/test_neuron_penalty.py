@@ -1,5 +1,7 @@
 """The neuron-level penalty inside the MLP's backward: every backend against autograd of the penalised objective."""
 
+import math
+
 import pytest
 import torch
 
@@ -167,6 +169,20 @@ def test_nan_reaches_the_bank(op, backend):
     assert grad.isnan().nonzero().tolist() == [[3, 17]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("weight", [0.0, *(torch.tensor(x) for x in (0.0, NAN, math.inf, -1.0))], ids=str)
+def test_without_a_usable_weight_there_is_no_penalty(weight, op, backend):
+    """Whatever the bank holds: 0 times infinity is NaN."""
+    backward, count = OPS[op]
+    tensors = [torch.randn(8, 21) for _ in range(count + 1)]
+    bank = torch.tensor([math.inf, -math.inf, 1.0])[:, None].expand(3, 21).contiguous()
+    segments = as_segments([(0, 3), (3, 5), (5, 8)])
+    penalty = sk.ops.NeuronPenalty(weight, torch.ones(3), bank, torch.arange(3))
+    with_it, without = (backward(*tensors, segments=segments, penalty=p, backend=backend) for p in (penalty, None))
+    assert torch.equal(with_it[0], without[0])
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_reference_in_float64(op):
     *inputs, grad_h = (torch.randn(17, 9, dtype=torch.float64) for _ in range(OPS[op][1] + 1))
@@ -203,6 +219,7 @@ BAD = {
     "more ratios than samples": (ValueError, "ratio", {"ratio": torch.ones(2)}),
     "a negative weight": (ValueError, "weight", {"weight": -1.0}),
     "NaN for a weight": (ValueError, "weight", {"weight": NAN}),
+    "a weight that overflows": (ValueError, "weight", {"weight": 1e39}),
     "a list of ratios": (TypeError, "ratio", {"ratio": [1.0]}),
     "weights": (ValueError, "weight", {"weight": torch.ones(1)}),
     "a row past the end": (ValueError, "rows", {"rows": torch.tensor([2])}),

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu_kernels import optim
-from ssiuu_kernels.optim import steered_weight
+from ssiuu_kernels import penalised
 
 from .models import logits_of, tiny_batch, tiny_model
 
@@ -184,18 +183,6 @@ def test_the_share_reaches_the_one_asked_for():
     assert optimizer.penalty_weight > 1
 
 
-def steered(weight, share):
-    return steered_weight(torch.tensor(weight), torch.tensor(share), 0.25).item()
-
-
-def test_steering_moves_towards_the_share_wanted():
-    assert steered(2.0, 0.25) == pytest.approx(2.0)
-    assert steered(2.0, 0.1) > 2.0
-    assert steered(2.0, 0.6) < 2.0
-    assert steered(2.0, 0.0) == pytest.approx(2000.0)
-    assert math.isfinite(steered(2.0, 1.0))
-
-
 def many_parameters(dtype=torch.float32):
     return [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in ((30,), (5, 7), (1,), (64, 3))]
 
@@ -218,7 +205,7 @@ def test_parameters_in_one_launch_are_updated_as_one_by_one(monkeypatch):
     others = twins(params)
     together, alone = sk.SsiuuAdamW(params, lr=0.1), sk.SsiuuAdamW(others, lr=0.1)
     together.step()
-    monkeypatch.setattr(optim, "SMALL", 0)
+    monkeypatch.setattr(penalised, "SMALL", 0)
     alone.step()
     assert all(torch.equal(param, other) for param, other in zip(params, others, strict=True))
     assert torch.allclose(torch.stack(together.last_stats), torch.stack(alone.last_stats))

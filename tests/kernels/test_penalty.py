@@ -173,6 +173,99 @@ def test_penalty_of_many_equals_one_by_one(backend):
         assert torch.equal(tensors[3], before)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("before", [math.inf, -math.inf, math.nan])
+def test_a_weight_of_0_is_adamw_whatever_the_last_attribution(before, types, backend):
+    tensors = make_inputs(40, types)
+    twins = [tensor.clone() for tensor in tensors]
+    tensors[3].fill_(before)
+    options = {"step": 5, "weight": 0.0, "backend": backend}
+    sk.ops.penalty_adamw_(*tensors, **options, **ADAMW)
+    sk.ops.penalty_adamw_(*twins, **options, **ADAMW)
+    assert all(torch.equal(tensor, twin) for tensor, twin in zip(tensors, twins, strict=True))
+    param, grad, target_grad, *_ = twins
+    kept = grad.clone()
+    sk.ops.penalty_(grad, param, target_grad, torch.full_like(twins[3], before), **options)
+    assert torch.equal(grad, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+def test_an_attribution_that_was_never_measured_is_not_penalised(types, backend):
+    param, grad, target_grad, previous, *_ = make_inputs(40, types)
+    twin, zeros = grad.clone(), previous.clone()
+    unknown = torch.arange(40) % 3 == 0
+    previous[unknown] = math.nan
+    options = {"weight": 0.3, "step": 5, "backend": backend}
+    stats = sk.ops.penalty_(grad, param, target_grad, previous, **options)
+    sk.ops.penalty_(twin, param, target_grad, zeros, **options)
+    assert torch.equal(grad[~unknown], twin[~unknown])
+    assert stats.value.isfinite()
+    assert torch.equal(previous, zeros)  # it is measured now
+    untouched = make_inputs(40, types)[1]
+    kept = untouched.clone()
+    sk.ops.penalty_(untouched, param, target_grad, torch.full_like(previous, math.nan), **options)
+    assert torch.equal(untouched, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinity_and_nan_go_where_the_formula_puts_them(backend):
+    param, grad, target_grad, previous = eager.specials(4, torch.float32)
+    attribution = param * target_grad
+    penalised = (attribution < 0) & ~previous.isnan()
+    expected = grad + torch.where(penalised, 0.6 * (attribution - previous) * target_grad, 0)
+    sk.ops.penalty_(grad, param, target_grad, previous, weight=0.3, step=2, backend=backend)
+    assert torch.equal(eager.kinds(grad), eager.kinds(expected))
+    assert torch.equal(eager.kinds(previous), eager.kinds(attribution))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("name", ["weight", "lr"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e39])
+def test_a_tensor_out_of_range_leaves_the_parameter(value, name, types, backend):
+    """It is not read on the host, and so cannot be refused."""
+    tensors = make_inputs(40, types)
+    before = tensors[0].clone()
+    options = {**ADAMW, "weight": 0.3, name: torch.tensor(value, dtype=torch.float64)}
+    sk.ops.penalty_adamw_(*tensors, step=3, seed=5, backend=backend, **options)
+    assert torch.equal(tensors[0], before)
+    assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e39])
+def test_a_weight_tensor_out_of_range_adds_nothing(value, backend):
+    param, grad, target_grad, previous, *_ = make_inputs(40, TYPES["float32"])
+    before = grad.clone()
+    weight = torch.tensor(value, dtype=torch.float64)
+    sk.ops.penalty_(grad, param, target_grad, previous, weight=weight, step=3, backend=backend)
+    assert torch.equal(grad, before)
+
+
+BAD_SCALARS = {
+    "a weight that overflows": ("weight=1e\\+39", {"weight": 1e39}),
+    "a negative weight": ("weight=-1", {"weight": -1}),
+    "no step": ("step=nan", {"step": math.nan}),
+    "an infinite lr": ("lr=inf", {"lr": math.inf}),
+    "a negative lr": ("lr=-0.1", {"lr": -0.1}),
+    "NaN for eps": ("eps=nan", {"eps": math.nan}),
+    "an infinite decay": ("weight_decay=inf", {"weight_decay": math.inf}),
+    "a beta of 1": ("betas", {"betas": (1.0, 0.9)}),
+    "steps that overflow": ("finite steps", {"lr": 1e29, "betas": (0.9999, 0.9)}),
+}
+
+
+@pytest.mark.parametrize(("message", "changes"), BAD_SCALARS.values(), ids=BAD_SCALARS)
+def test_bad_scalars_are_refused_before_anything_is_written(message, changes):
+    tensors = make_inputs(9, TYPES["float32"])
+    before = [tensor.clone() for tensor in tensors]
+    with pytest.raises(ValueError, match=message):
+        sk.ops.penalty_adamw_(*tensors, **{"step": 2, "weight": 0.1, **ADAMW, **changes})
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
+
+
 def many_arguments():
     return [list(tensors) for tensors in zip(*(make_inputs(6, TYPES["float32"]) for _ in range(3)), strict=True)]
 
@@ -182,6 +275,32 @@ def test_a_parameter_given_twice_is_refused():
     arguments[0][2] = arguments[0][0]
     with pytest.raises(ValueError, match=r"param\[2\] and param\[0\] share memory"):
         sk.ops.penalty_adamw_many_(*arguments, step=2, weight=0.1, **ADAMW)
+
+
+OVERLAPS = {
+    "two parameters": ((0, 0), (0, 2), (0, 4)),
+    "a parameter and another's gradient": ((1, 2), (0, 0), (0, 3)),
+    "a state and another's parameter": ((5, 1), (0, 2), (3, 8)),
+    "two states of one": ((4, 0), (3, 0), (2, 4)),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "starts"), OVERLAPS.values(), ids=OVERLAPS)
+def test_views_that_overlap_across_parameters_are_refused(one, other, starts):
+    """`one` and `other` are places (list, parameter), their tensors views of one storage."""
+    storage, arguments = torch.randn(20), many_arguments()
+    for (which, index), start in zip((one, other), starts, strict=True):
+        arguments[which][index] = storage[start : start + 6]
+    with pytest.raises(ValueError, match="share memory"):
+        sk.ops.penalty_adamw_many_(*arguments, step=2, weight=0.1, **ADAMW)
+
+
+def test_what_is_only_read_may_be_shared():
+    arguments = many_arguments()
+    arguments[1][1] = arguments[2][0] = arguments[1][0]
+    before = arguments[1][0].clone()
+    sk.ops.penalty_adamw_many_(*arguments, step=2, weight=0.1, **ADAMW)
+    assert torch.equal(arguments[1][0], before)
 
 
 def test_parameters_of_two_types_are_refused():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu_kernels import optim, update_in_backward
+from ssiuu_kernels import penalised, update_in_backward
+from ssiuu_kernels.target_grad import TargetGradInfo
 
 from .models import logits_of, tiny_batch, tiny_model
 
@@ -18,7 +19,7 @@ OPTIONS = {"lr": 1e-2, "penalty_weight": 1e6}  # so that the penalty takes part
 @pytest.fixture(autouse=True)
 def _large(monkeypatch):
     """Tiny matrices count as large, so that they are updated in the backward; vectors wait for the step."""
-    monkeypatch.setattr(optim, "SMALL", 200)
+    monkeypatch.setattr(penalised, "SMALL", 200)
     monkeypatch.setattr(update_in_backward, "WAITING", 200)
 
 
@@ -273,3 +274,149 @@ def test_a_dropped_optimizer_lets_go_of_its_parameters():
     gc.collect()
     run()
     assert all(param.grad is not None for param in model.parameters())
+
+
+def test_a_step_without_a_backward_is_refused():
+    model, optimizer, run = prepared()
+    with pytest.raises(ValueError, match="no parameter got a gradient since the last step"):
+        optimizer.step()
+    run()
+    optimizer.step()
+    before = weights(model)
+    with pytest.raises(ValueError, match="no parameter got a gradient since the last step"):
+        optimizer.step()
+    assert_weights_left(model, before)
+
+
+def test_groups_whose_parameters_were_replaced_are_refused():
+    """As accelerate's prepare does; in the backward if the old ones are still the model's, in the step if not."""
+    model, optimizer, run = prepared()
+    before = weights(model)
+    group = optimizer.param_groups[0]
+    own, others = group["params"], [torch.nn.Parameter(param.detach().clone()) for param in group["params"]]
+    group["params"] = others
+    with pytest.raises(ValueError, match="hold other parameters than it was made with"):
+        run()
+    with pytest.raises(ValueError, match="hold other parameters than it was made with"):
+        optimizer.step()
+    group["params"] = own[1:]
+    with pytest.raises(ValueError, match="hold other parameters than it was made with"):
+        run()
+    assert_weights_left(model, before)
+
+
+def test_a_bad_group_is_found_before_anything_is_updated():
+    model, optimizer, run = prepared()
+    before = weights(model)
+    optimizer.param_groups[0]["penalty_share"] = 1.5
+    with pytest.raises(ValueError, match=r"penalty_share=1\.5"):
+        run()
+    assert_weights_left(model, before)
+
+
+def test_more_than_one_process_is_refused_before_anything_is_updated(monkeypatch):
+    model, _optimizer, run = prepared()
+    before = weights(model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes; expected one"):
+        run()
+    assert_weights_left(model, before)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("waiting", [0, 200], ids=["all at once", "vectors wait"])
+def test_a_grad_scaler_is_refused(waiting, unscale, monkeypatch):
+    """By the step at the latest: the loss refuses it where it can, before anything is updated."""
+    monkeypatch.setattr(update_in_backward, "WAITING", waiting)
+    model, batch = tiny_model(), tiny_batch()
+    optimizer = sk.SsiuuAdamW(model.parameters(), update_in_backward=True, **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    with sk.patch(model, scope="all") as handle:
+        loss = handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET)
+        with pytest.raises(ValueError, match="a GradScaler"):  # noqa: PT012
+            scaler.scale(loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+
+
+def test_a_grad_scaler_that_is_off_is_none():
+    model, optimizer, run = prepared()
+    before = weights(model)
+    run()
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
+    assert not any(torch.equal(param, weight) for param, weight in zip(model.parameters(), before, strict=True))
+
+
+def test_without_it_a_grad_scaler_scales_nothing():
+    model, batch = tiny_model(), tiny_batch()
+    expected = copy.deepcopy(model)
+    for scaler, own in ((None, expected), (torch.amp.GradScaler("cpu", init_scale=128.0), model)):
+        optimizer = sk.SsiuuAdamW(own.parameters(), **OPTIONS)
+        with sk.patch(own, scope="all") as handle:
+            for _ in range(3):
+                loss = handle.unlearning_loss(logits_of(own, batch), batch["labels"], FORGET)
+                if scaler is None:
+                    loss.backward()
+                    optimizer.step()
+                else:
+                    scaler.scale(loss).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                optimizer.zero_grad()
+    for param, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(param, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("thawed", [False, True])
+def test_frozen_parameters(thawed):
+    """They are left alone, and updated like the others once they are thawed."""
+    model, batch = tiny_model(), tiny_batch()
+    expected = copy.deepcopy(model)
+    for own, early in ((expected, False), (model, True)):
+        frozen = own.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+        before = frozen.detach().clone()
+        optimizer = sk.SsiuuAdamW(own.parameters(), update_in_backward=early, **OPTIONS)
+        frozen.requires_grad_(thawed)
+        with sk.patch(own, scope="all") as handle:
+            for _ in range(2):
+                backward(handle, own, batch)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert torch.equal(frozen, before) != thawed
+    assert_same_weights(model, expected)
+
+
+def without_forget_samples(params):
+    for param in params:
+        param.target_grad_info = TargetGradInfo(samples=0, grad_version=None, scaled=False)
+
+
+def test_a_backward_without_forget_samples_is_adamw():
+    """Known before the backward begins, as every parameter is updated in it."""
+    model, optimizer, run = prepared()
+    run()
+    optimizer.step()
+    expected, states = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    plain = torch.optim.AdamW(expected.parameters(), lr=OPTIONS["lr"], weight_decay=0.0)
+    for state in states["state"].values():
+        state["step"] = torch.tensor(float(state["step"]))
+    plain.load_state_dict({**plain.state_dict(), "state": states["state"]})
+    params = list(model.parameters())
+    attributions = [optimizer.state[param]["prev_attribution"].clone() for param in params]
+    batch = tiny_batch()
+    without_forget_samples(params)
+    for own, stepped in ((model, optimizer), (expected, plain)):
+        torch.nn.functional.cross_entropy(logits_of(own, batch).flatten(0, 1), batch["input_ids"].flatten()).backward()
+        stepped.step()
+    for param, wanted, attribution in zip(params, expected.parameters(), attributions, strict=True):
+        assert torch.allclose(param, wanted, rtol=1e-4, atol=1e-6)
+        assert torch.equal(optimizer.state[param]["prev_attribution"], attribution)
+
+
+def test_a_closure_runs_the_backward():
+    model, optimizer, run = prepared()
+    before = weights(model)
+    optimizer.step(run)
+    assert not any(torch.equal(param, weight) for param, weight in zip(model.parameters(), before, strict=True))

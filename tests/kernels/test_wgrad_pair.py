@@ -14,6 +14,11 @@ TARGET_ROWS = {
     "the first rows": slice(0, 9),
     "places": torch.tensor([1, 2, 7, 30, 36]),
     "all": slice(None),
+    "every third row": slice(4, 30, 3),
+    "a step beyond the end": slice(30, None, 50),
+    "counted from the end": slice(-9, -2),
+    "start after stop": slice(20, 5),
+    "no places": torch.tensor([], dtype=torch.int64),
 }
 
 
@@ -72,6 +77,12 @@ BAD = {
     "weights of another type": ("loss_weights is torch.float64", {"loss_weights": torch.ones(ROWS).double()}),
     "weights of another length": ("target_weights is", {"target_weights": torch.ones(2)}),
     "places that are no integers": ("target_rows is torch.float32", {"target_rows": torch.ones(2)}),
+    "places elsewhere": ("target_rows is .* on meta", {"target_rows": torch.ones(2, dtype=torch.int64, device="meta")}),
+    "a place named twice": ("no row twice", {"target_rows": torch.tensor([1, 1, 3])}),
+    "places out of order": ("expected increasing places", {"target_rows": torch.tensor([3, 1])}),
+    "a place before the start": ("from 0 to 36", {"target_rows": torch.tensor([-1, 3])}),
+    "a place past the end": ("from 0 to 36", {"target_rows": torch.tensor([3, 37])}),
+    "a slice that goes backwards": ("a positive step", {"target_rows": slice(20, 5, -1)}),
     "a ratio that is no number": ("ratio=nan", {"ratio": float("nan")}),
 }
 
@@ -80,11 +91,14 @@ BAD = {
 def test_bad_input(message, changes):
     names = ("x", "grad_y", "loss_weights", "target_weights")
     arguments = dict(zip(names, inputs(torch.float32, slice(None)), strict=True)) | changes
-    with pytest.raises(ValueError, match=message):
-        sk.ops.wgrad_pair(**arguments)
+    for ratio in ({}, {"ratio": 0.5}):
+        with pytest.raises(ValueError, match=message):
+            sk.ops.wgrad_pair(**{**ratio, **arguments})
 
 
 def test_bad_type():
     _, *others = inputs(torch.float32, slice(None))
     with pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
         sk.ops.wgrad_pair(torch.ones(ROWS, IN, dtype=torch.int64), *others)
+    with pytest.raises(TypeError, match="target_rows is a list"):
+        sk.ops.wgrad_pair(*inputs(torch.float32, slice(None)), target_rows=[1, 2])

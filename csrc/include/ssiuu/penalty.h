@@ -18,16 +18,19 @@ struct PenaltyStep {
 struct PenaltyTerm {
   float attribution;  // A = param * target_grad
   float growth;       // A - A_prev where A is penalised, else 0
-  float grad;         // 2 * weight * growth * target_grad
+  float grad;         // 2 * weight * growth * target_grad there, else 0
   float outweighs;  // 1 where |grad| > |loss_grad|, else 0; a count in float does not keep loops from being vectorised
   float negative;   // 1 where A < 0, else 0
 };
 
+// A_prev is NaN where it was never measured, and A is not penalised there. The selects keep 0 times infinity out: with
+// a weight of 0, and outside of what is penalised, the gradient is 0 whatever A, A_prev and target_grad are.
 SSIUU_HOST_DEVICE PenaltyTerm penalty_term(float param, float loss_grad, float target_grad, float prev_attribution,
                                            PenaltyStep step) {
   const float a = attribution(param, target_grad);
-  const float growth = a < step.threshold ? a - prev_attribution : 0.0f;
-  const float grad = a < step.threshold ? step.twice_weight * growth * target_grad : 0.0f;
+  const bool penalised = (a < step.threshold) & (prev_attribution == prev_attribution);
+  const float growth = penalised ? a - prev_attribution : 0.0f;
+  const float grad = penalised & (step.twice_weight > 0.0f) ? step.twice_weight * growth * target_grad : 0.0f;
   return PenaltyTerm{a, growth, grad, fabsf(grad) > fabsf(loss_grad) ? 1.0f : 0.0f, a < 0.0f ? 1.0f : 0.0f};
 }
 

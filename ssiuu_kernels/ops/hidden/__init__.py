@@ -14,6 +14,7 @@ from .. import native_support, triton_support
 from ..allocate import empty_grads, empty_scores
 from ..checks import as_rows, check_segment_values
 from ..neuron_penalty import NeuronPenalty, check_penalty_rows
+from ..precision import usable
 from ..results import NeuronScores, absent, neuron_scores
 from . import native, reference
 
@@ -74,7 +75,9 @@ def _penalty_tensors(penalty: NeuronPenalty | None, like: Tensor) -> tuple[Tenso
     weight = penalty.weight
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, dtype=penalty.bank.dtype, device=like.device)
-    return weight.to(penalty.bank.dtype), penalty.ratio, penalty.bank, penalty.rows
+    else:
+        weight = torch.where(usable(weight), weight, 0).to(penalty.bank.dtype)
+    return weight, penalty.ratio, penalty.bank, penalty.rows
 
 
 def _op_name(up: Tensor | None, which: str) -> str:

@@ -32,18 +32,23 @@ def hidden_backward(
     penalty: NeuronPenalty | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
-    value, derivative = ACTIVATIONS[activation]
+    value, gradient = ACTIVATIONS[activation]
     z, dh = x.to(dtype), grad_h.to(dtype)
-    activated, slope = value(z), derivative(z)
-    h = activated if up is None else activated * up.to(dtype)
-    unit_slope = slope if up is None else slope * up.to(dtype)  # dh/dx
+    factor = None if up is None else up.to(dtype)
+
+    def gated(signal: Tensor) -> Tensor:
+        return signal if factor is None else signal * factor
+
+    activated, grad_z = value(z), gradient(z, gated(dh))
+    h = gated(activated)
     h_scores = segment_scores(h * dh, segments) if scores or penalty is not None else None
-    x_scores = segment_scores(z * dh * unit_slope, segments) if scores else absent(x)
+    x_scores = segment_scores(z * grad_z, segments) if scores else absent(x)
     if penalty is not None:
         dh = dh * penalty_factor(h_scores[2], segments, len(x), penalty)
+        grad_z = gradient(z, gated(dh))
     grads = empty_grads(x, up, packed)
     grad_x, grad_up = grad_views(grads, packed)
-    grad_x.copy_(dh * unit_slope)
+    grad_x.copy_(grad_z)
     if grad_up is not None:
         grad_up.copy_(dh * activated)
     h = h.to(x.dtype).contiguous() if recompute_h else absent(x)
@@ -54,7 +59,8 @@ def penalty_factor(h_sum: Tensor, segments: Tensor, rows: int, penalty: NeuronPe
     """The factor of the backward signal of every row and neuron, `[T, F]`; stores `A_t` in the bank.
 
     `1 + 2 lambda ratio_b (A_t - A_{t-1})` where `A_t = ratio_b * h_sum < 0` and `A_{t-1}` is known, else 1: the
-    gradient of `lambda * sum (A_t - A_{t-1})^2` with `dP/dh = ratio_b * grad_h` held constant.
+    gradient of `lambda * sum (A_t - A_{t-1})^2` with `dP/dh = ratio_b * grad_h` held constant. With lambda 0 it is 1
+    whatever `A_{t-1}` is.
 
     Args:
         h_sum: `[B, F]`, sum over each sample's rows of `h * grad_h`.
@@ -64,7 +70,8 @@ def penalty_factor(h_sum: Tensor, segments: Tensor, rows: int, penalty: NeuronPe
         if bank_row < 0:
             continue
         attribution, before = penalty.ratio[b] * h_sum[b], penalty.bank[bank_row]
-        growth = torch.where((attribution < 0) & ~before.isnan(), attribution - before, 0)
+        penalised = (attribution < 0) & ~before.isnan() & (penalty.weight > 0)
+        growth = torch.where(penalised, attribution - before, 0)
         factor[start:end] = 1 + 2 * penalty.weight * penalty.ratio[b] * growth
         penalty.bank[bank_row] = attribution
     return factor

@@ -161,6 +161,7 @@ def penalty_factor(h_sum, ratio, bank, bank_row, col, inside, cols, twice_weight
         before = tl.load(place, mask=inside, other=0.0)
         penalised = (attribution < 0) & (before == before)
         factor = tl.where(penalised, 1.0 + twice_weight * ratio * (attribution - before), 1.0)
+        factor = tl.where(twice_weight > 0, factor, 1.0)
         # Several threads hold the same neuron: all must have read before one of them writes.
         tl.debug_barrier()
         tl.store(place, attribution, mask=inside)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +19,12 @@ for _name in ("penalty_", "penalty_adamw_"):
     backends.register(_name, "native", getattr(native, _name), native_support.why_not)
     backends.register(_name, "triton", triton_support.lazily(__name__, _name), triton_support.why_not)
 
+# What the two ops write, by the names of their lists.
+WRITES = {
+    "penalty_": ("grad", "prev_attribution"),
+    "penalty_adamw_": ("param", "prev_attribution", "exp_avg", "exp_avg_sq"),
+}
+
 
 def penalty_(
     grad: Tensor,
@@ -33,15 +38,17 @@ def penalty_(
 ) -> PenaltyStats:
     """Add the penalty's gradient to `grad` and remember the attribution, in place and in one pass.
 
-    With `A_t = param * target_grad` and `I- = {A_t < 0}`: `grad += 2 weight (A_t - A_{t-1}) target_grad` on I-, and
-    `prev_attribution = A_t` everywhere. Reads four tensors and writes two.
+    With `A_t = param * target_grad` and `I- = {A_t < 0}`: `grad += 2 weight (A_t - A_{t-1}) target_grad` on I- where
+    `A_{t-1}` is known, and `prev_attribution = A_t` everywhere. Reads four tensors and writes two.
 
     Args:
         grad: `dL`, any shape, contiguous; float32, bfloat16, float16 or float64; overwritten.
         param: the parameter phi, shaped like grad.
         target_grad: `gP = sum_b dP_b / dphi`, shaped and typed like grad.
-        prev_attribution: `A_{t-1}`, shaped like grad, of any of these types; overwritten with `A_t`.
-        weight: lambda, >= 0; a number, or a 0-dim tensor, which is not read on the host.
+        prev_attribution: `A_{t-1}`, shaped like grad, of any of these types, NaN where it was never measured;
+            overwritten with `A_t`.
+        weight: lambda, from 0 to 1e30; a number, or a 0-dim tensor, which is not read on the host: where it is out of
+            this range there is no penalty. At 0 grad stays what it is.
         step: counted from 1; step 1 has no `A_{t-1}`, so it only stores `A_1`. A number, or a 0-dim tensor.
         backend: "auto", "reference", "native" or "triton".
 
@@ -84,9 +91,14 @@ def penalty_many_(
         "grad": list(grads), "param": list(params), "target_grad": list(target_grads),
         "prev_attribution": list(prev_attributions),
     }  # fmt: skip
-    _check(lists, weight, step)
+    check_launch("penalty_", lists, backend)
     scalars = step_scalars(step, weight, lists["param"][0].device)
-    return PenaltyStats.from_sums(_penalty(*lists.values(), *scalars, backends.check_backend(backend)))
+    return run_penalty(lists, scalars, backend)
+
+
+def run_penalty(lists: dict[str, list[Tensor]], scalars: StepScalars, backend: str) -> PenaltyStats:
+    """One launch over checked tensors."""
+    return PenaltyStats.from_sums(_penalty(*lists.values(), *scalars, backend))
 
 
 def penalty_adamw_(
@@ -117,8 +129,9 @@ def penalty_adamw_(
             overwritten.
         step: counted from 1; step 1 stores `A_1` and applies no penalty. A number, or a 0-dim tensor, which is not read
             on the host; so also lr and weight.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        weight: lambda, >= 0; at 0 the update is AdamW's.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr up to 1e30.
+        weight: lambda, from 0 to 1e30; at 0 the update is AdamW's. Where a tensor lr or weight is out of its range, or
+            not finite, the step is one of lr 0 and weight 0: param stays what it is.
         seed: None rounds to nearest. A number rounds the bfloat16 tensors that are written up or down at random, so
             that their mean is kept; the draws depend on seed, step and an element's place, and on nothing else.
         backend: "auto", "reference", "native" or "triton".
@@ -173,22 +186,38 @@ def penalty_adamw_many_(
         "param": list(params), "grad": list(grads), "target_grad": list(target_grads),
         "prev_attribution": list(prev_attributions), "exp_avg": list(exp_avgs), "exp_avg_sq": list(exp_avg_sqs),
     }  # fmt: skip
-    _check(lists, weight, step)
+    check_launch("penalty_adamw_", lists, backend)
     if seeds is not None and len(seeds) != len(lists["param"]):
         raise ValueError(f"seeds has {len(seeds)} entries; expected one for each of {len(lists['param'])} parameters")
     scalars = step_scalars(step, weight, lists["param"][0].device, lr, betas, eps, weight_decay)
+    return run_penalty_adamw(lists, scalars, seeds, backend)
+
+
+def run_penalty_adamw(
+    lists: dict[str, list[Tensor]], scalars: StepScalars, seeds: Sequence[int] | None, backend: str
+) -> PenaltyStats:
+    """One launch over checked tensors."""
     # 31 bits, which every backend can take as a number.
     seeds = None if seeds is None else [seed & 0x7FFFFFFF for seed in seeds]
-    return PenaltyStats.from_sums(_penalty_adamw(*lists.values(), *scalars, seeds, backends.check_backend(backend)))
+    return PenaltyStats.from_sums(_penalty_adamw(*lists.values(), *scalars, seeds, backend))
 
 
-def _check(lists: dict[str, list[Tensor]], weight: float | Tensor, step: int | Tensor) -> None:
+def check_launch(op: str, lists: dict[str, list[Tensor]], backend: str) -> None:
+    """The tensors of one launch, by the name of their list, fit one another, and the backend can take them."""
+    _check_tensors(lists, WRITES[op])
+    backends.check_backend(backend)
+    if not torch.compiler.is_compiling():  # the op chooses again when it runs
+        backends.select(op, backend, *(lists[name][0] for name in ("param", "grad", "prev_attribution")))
+
+
+def _check_tensors(lists: dict[str, list[Tensor]], written: Collection[str]) -> None:
     counts = {name: len(tensors) for name, tensors in lists.items()}
     if len(set(counts.values())) > 1 or not counts["param"]:
         raise ValueError(
             f"the lists have {counts} entries; expected one a parameter in each, and at least one parameter"
         )
     first = {name: tensors[0] for name, tensors in lists.items()}
+    spans = []
     for index, tensors in enumerate(zip(*lists.values(), strict=True)):
         named = dict(zip(lists, tensors, strict=True))
         suffix = f"[{index}]" if counts["param"] > 1 else ""
@@ -199,16 +228,9 @@ def _check(lists: dict[str, list[Tensor]], weight: float | Tensor, step: int | T
                     f"{name}[{index}] is {tensor.dtype} on {tensor.device} and {name}[0] {first[name].dtype} on "
                     f"{first[name].device}; pass parameters of one type and device, and others in another call"
                 )
-    written: dict[int, str] = {}
-    for name in lists if not torch.compiler.is_compiling() else ():
-        for index, tensor in enumerate(lists[name]):
-            other = written.setdefault(tensor.data_ptr(), f"{name}[{index}]")
-            if tensor.numel() and other != f"{name}[{index}]":
-                raise ValueError(f"{name}[{index}] and {other} share memory; one launch needs separate tensors")
-    if not isinstance(weight, Tensor) and (not math.isfinite(weight) or weight < 0):
-        raise ValueError(f"weight={weight} is no penalty weight; expected a finite number >= 0")
-    if not isinstance(step, Tensor) and step < 1:
-        raise ValueError(f"step={step}; expected steps counted from 1")
+        spans += [(f"{name}{suffix}", tensor, name in written) for name, tensor in named.items()]
+    if not torch.compiler.is_compiling():  # addresses exist at run time only
+        check_in_place(spans)
 
 
 def _check_one(tensors: dict[str, Tensor]) -> None:
@@ -225,8 +247,6 @@ def _check_one(tensors: dict[str, Tensor]) -> None:
             check_like(names[name], tensors[names[name]], state, tensors[state])
     if any((tensor.dtype == torch.float64) != (param.dtype == torch.float64) for tensor in tensors.values()):
         raise ValueError("float64 mixes with no other type: pass every tensor in float64, or none")
-    if not torch.compiler.is_compiling():  # addresses exist at run time only
-        check_in_place(**tensors)
 
 
 @torch.library.custom_op("ssiuu::penalty_", mutates_args=("grads", "prev_attributions"))

@@ -20,20 +20,24 @@ def _as_dict(scalars: StepScalars, dtype: torch.dtype) -> dict[str, float | Tens
 def penalty_gradient(
     param: Tensor, grad: Tensor, target_grad: Tensor, prev_attribution: Tensor, s: dict[str, float | Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`2 lambda (A_t - A_{t-1}) gP` where `A_t < 0`, else 0 (Eq. 6-14), with its sums.
+    """`2 lambda (A_t - A_{t-1}) gP` where `A_t < 0` and `A_{t-1}` is known, else 0 (Eq. 6-14), with its sums.
+
+    The masks keep 0 times infinity out: with lambda 0, and outside of what is penalised, the gradient is 0 whatever the
+    attributions and gP are.
 
     Args:
         param, grad, target_grad: phi, dL and gP, any one shape, in the computing type.
-        prev_attribution: `A_{t-1}`.
+        prev_attribution: `A_{t-1}`, NaN where it was never measured.
         s: the step's scalars; at the first step the threshold is -infinity, so that there is no penalty.
 
     Returns:
         The penalty gradient, `A_t`, and the float64 `[5]` of `PenaltyStats.from_sums`.
     """
     attribution = param * target_grad
-    change = (attribution - prev_attribution.to(attribution.dtype)).masked_fill_(~(attribution < s["threshold"]), 0)
+    spared = ~(attribution < s["threshold"]) | prev_attribution.isnan()
+    change = (attribution - prev_attribution.to(attribution.dtype)).masked_fill_(spared, 0)
     value = _sum_of_squares(change)
-    penalty_grad = change.mul_(s["twice_weight"]).mul_(target_grad)
+    penalty_grad = change.mul_(s["twice_weight"]).mul_(target_grad).masked_fill_(spared | (s["twice_weight"] == 0), 0)
     outweighed = penalty_grad.abs() > grad.abs()  # nowhere outside I-, where the penalty gradient is 0
     counts = (outweighed.count_nonzero().double(), (attribution < 0).count_nonzero().double())
     sums = torch.stack([value, _sum_of_squares(penalty_grad), _sum_of_squares(grad), *counts])

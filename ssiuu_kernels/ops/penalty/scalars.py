@@ -1,4 +1,4 @@
-"""The scalars of one step, derived here alone; csrc/include/ssiuu/step.h names them in this order."""
+"""The scalars of one step, checked and derived here alone; csrc/include/ssiuu/step.h names them in this order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..precision import LARGEST, usable
 
 FIELDS = (
     "decay",  # 1 - lr * weight_decay
@@ -39,14 +41,51 @@ def step_scalars(
     eps: float = 0.0,
     weight_decay: float = 0.0,
 ) -> StepScalars:
-    """Derived from numbers on the host; or, where step, weight or lr is a tensor, on its device without reading it."""
+    """Derived from numbers on the host; or, where step, weight or lr is a tensor, on its device without reading it.
+
+    There a weight or lr that is out of range or not finite cannot be refused: both count as 0 then, so that no
+    parameter is written from it.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+    check_scalars(step, weight, lr, betas, eps, weight_decay)
     if not any(isinstance(value, Tensor) for value in (step, weight, lr)):
         threshold = 0.0 if step > 1 else -math.inf
         return StepScalars([*_adamw(step, lr, betas, eps, weight_decay, math.sqrt), 2 * weight, threshold, step], None)
     step, weight, lr = (_on_device(value, device) for value in (step, weight, lr))
+    both = usable(weight, lr * _reach(betas, weight_decay))
+    weight, lr, step = torch.where(both, weight, 0), torch.where(both, lr, 0), torch.where(step >= 1, step, 1)
     threshold = torch.where(step > 1, 0.0, -math.inf)
     derived = [*_adamw(step, lr, betas, eps, weight_decay, torch.sqrt), 2 * weight, threshold, step]
     return StepScalars([0.0] * len(FIELDS), torch.stack([_on_device(value, device) for value in derived]))
+
+
+def check_scalars(
+    step: int | Tensor,
+    weight: float | Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Numbers are in their ranges; a tensor is not read. NaN is in no range."""
+    if not isinstance(step, Tensor) and not step >= 1:
+        raise ValueError(f"step={step}; expected steps counted from 1")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas}; expected two numbers in [0, 1)")
+    for name, value in (("weight", weight), ("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not isinstance(value, Tensor) and not 0 <= value <= LARGEST:
+            raise ValueError(f"{name}={value}; expected a finite number from 0 to {LARGEST:g}")
+    if not isinstance(lr, Tensor) and lr * _reach(betas, weight_decay) > LARGEST:
+        raise ValueError(
+            f"lr={lr}, betas={betas}, weight_decay={weight_decay}; expected numbers that make finite steps"
+        )
+
+
+def _reach(betas: tuple[float, float], weight_decay: float) -> float:
+    """How many times lr the step size and the decay can be."""
+    return max(1 / (1 - betas[0]), weight_decay)
 
 
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:

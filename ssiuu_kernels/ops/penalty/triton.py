@@ -47,11 +47,12 @@ def store_rounded(pointer, x, bits, mask, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def penalty_terms(w, loss_grad, target_grad, before, twice_weight, threshold):
-    """A, its growth where it is penalised, and the penalty gradient (Algorithm 1)."""
+    """A, its growth where it is penalised, and the penalty gradient; csrc/include/ssiuu/penalty.h."""
     attribution = w * target_grad
-    penalised = attribution < threshold
+    penalised = (attribution < threshold) & (before == before)
     growth = tl.where(penalised, attribution - before, 0.0)
-    return attribution, growth, tl.where(penalised, twice_weight * growth * target_grad, 0.0)
+    grad = tl.where(penalised, twice_weight * growth * target_grad, 0.0)
+    return attribution, growth, tl.where(twice_weight > 0, grad, 0.0)
 
 
 @triton.jit

@@ -32,7 +32,8 @@ def wgrad_pair(
         grad_y: `[T, out]`, gradient of its output, typed like x. Swapping the two gives `[in, out]`, for a layer that
             keeps its weight transposed (GPT-2's Conv1D).
         loss_weights, target_weights: `[T]`, float32 (float64 for float64).
-        target_rows: the rows whose target weight is not 0, a slice or an int64 tensor of increasing places.
+        target_rows: the rows whose target weight is not 0: a slice of a positive step, or an int64 tensor of increasing
+            places, so that no row comes twice. Values are checked on the CPU, and trusted on a GPU.
         ratio: `target_weights / loss_weights` where it is the same for all target rows, whose second product is then
             the first one's part times it.
 
@@ -40,7 +41,8 @@ def wgrad_pair(
         (loss_grad, target_grad), typed like x.
 
     Raises:
-        ValueError, TypeError: arguments of other shapes, types or devices, a ratio that is no finite number.
+        ValueError, TypeError: arguments of other shapes, types or devices; rows that are out of range, out of order or
+            named twice; a ratio that is not finite.
     """
     check_float("x", x)
     if x.dim() != 2 or grad_y.dim() != 2 or len(x) != len(grad_y):
@@ -56,9 +58,30 @@ def wgrad_pair(
                 f"{name} is {weights.dtype} {list(weights.shape)} on {weights.device}; "
                 f"expected {dtype} [{len(x)}] on {x.device}"
             )
-    if isinstance(target_rows, Tensor) and (target_rows.dtype != torch.int64 or target_rows.dim() != 1):
-        raise ValueError(f"target_rows is {target_rows.dtype} {list(target_rows.shape)}; expected int64 [N] or a slice")
+    _check_rows(target_rows, x)
     if ratio is not None and not math.isfinite(ratio):
         raise ValueError(f"ratio={ratio}; expected a finite number, or None where the weights have none in common")
     others = [] if ratio is None else complement(target_rows, len(x), x.device)
     return wgrad_pair_reference(x, grad_y, loss_weights, target_weights, target_rows, others, ratio)
+
+
+def _check_rows(rows: Rows, x: Tensor) -> None:
+    if isinstance(rows, slice):
+        if rows.step is not None and rows.step < 1:
+            raise ValueError(f"target_rows is {rows}; expected a slice of a positive step: turn it around")
+        return
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"target_rows is a {type(rows).__name__}; expected a slice or an int64 tensor [N]")
+    if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device != x.device:
+        raise ValueError(
+            f"target_rows is {rows.dtype} {list(rows.shape)} on {rows.device}; "
+            f"expected int64 [N] on {x.device}, or a slice"
+        )
+    if rows.is_cuda or torch.compiler.is_compiling():  # no host read
+        return
+    outside = bool(((rows < 0) | (rows >= len(x))).any())
+    if outside or bool((rows[1:] <= rows[:-1]).any()):
+        raise ValueError(
+            f"target_rows goes from {rows.min()} to {rows.max()}; "
+            f"expected increasing places from 0 to {len(x) - 1}, no row twice: sort them, and drop doubles"
+        )

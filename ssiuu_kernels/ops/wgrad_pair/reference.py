@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Rows = slice | Tensor  # places int64 [N], increasing
+Rows = slice | Tensor  # places int64 [N], increasing: no row twice
 ALL = slice(None)
 
 
@@ -53,10 +53,11 @@ def scaled(tensor: Tensor, column: Tensor) -> Tensor:
 
 
 def complement(rows: Rows, count: int, device: torch.device) -> list[Rows]:
-    """The other rows of `count`, as slices where `rows` is one."""
+    """The other rows of `count`, as slices where `rows` is one (of a positive step). Nothing waits for the device."""
     if isinstance(rows, slice):
-        start, end, _ = rows.indices(count)
-        return [part for part in (slice(0, start), slice(end, count)) if part.start < part.stop]
-    others = torch.ones(count, dtype=torch.bool, device=device)
-    others[rows] = False
-    return [others.nonzero().flatten()]
+        start, end, step = rows.indices(count)
+        end = max(start, end)
+        between = (slice(start + offset, end, step) for offset in range(1, min(step, end - start)))
+        return [part for part in (slice(0, start), *between, slice(end, count)) if part.start < part.stop]
+    taken = torch.zeros(count, dtype=torch.uint8, device=device).index_fill_(0, rows, 1)
+    return [taken.argsort(stable=True)[: count - len(rows)]]  # the rows that are not taken come first
