@@ -298,7 +298,11 @@ class Doubled(torch.autograd.Function):
 @pytest.mark.parametrize("known", [True, False])
 def test_rows_that_cannot_be_followed_are_proved_for_every_batch(known):
     model, passes = tiny_model(), []
-    model.lm_head.register_full_backward_pre_hook(lambda *_: passes.append(1))
+
+    def watch(_module, _args, logits):
+        logits.register_hook(lambda _grad: passes.append(1))
+
+    model.lm_head.register_forward_hook(watch)
     if not known:
         model.model.layers[1].register_forward_hook(lambda _module, _args, x: Doubled.apply(x))
     with sk.patch(model) as handle:
