@@ -16,12 +16,14 @@ from .evaluate import named_means
 from .facts import BUILTIN, Fact
 from .finetune import train_on
 from .instructions import load_instructions
+from .methods import check_learning_rate
 from .metrics import score_facts
-from .models import load_model
+from .models import load_model, position_limit
 from .progress import Job, job
 from .prompts import Encoded, PromptFormat
 from .recorder import StepRecord
 from .runs import Run
+from .trainer import refuse_launchers
 
 KINDS = ("harmful", "benign")
 # The paper's grids.
@@ -63,8 +65,7 @@ class Attack:
         for name in ("steps", "batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate}; expected a positive number")
+        check_learning_rate(self.learning_rate)
 
     @property
     def name(self) -> str:
@@ -105,19 +106,27 @@ def attack_run(run_dir: str | Path, attacks: Sequence[Attack]) -> list[dict]:
         before the attack), max_fs, and for a harmful attack max_unseen_fs, over the facts it does not train on.
 
     Raises:
-        ValueError: no finished run, options out of range, or a result of other options under the same name.
+        ValueError: no finished run, or one that another process attacks; options out of range, instructions that
+            cannot be read, or a result of other options under the same name.
+        OSError: a run folder that cannot be written to, before any work.
     """
+    refuse_launchers()
     for attack in attacks:
         attack.check()
     run = Run.open(run_dir)
     config, forget = run.read("config.json"), run.split().forget
     pending = [attack for attack in attacks if not _done(run, attack)]
-    with job(f"attack {run.path.name}", sum(attack.steps for attack in pending)) as bar:
+    for attack in pending:
+        _check_data(forget, attack)
+    steps = sum(attack.steps for attack in pending)
+    with run.work("attack"), job(f"attack {run.path.name}", steps) as bar:
         for attack in pending:
             # float32, whatever the run's type: updates at 1e-7 vanish in narrower ones.
-            model, tokenizer = load_model(run.model, dtype="float32")
-            result = _attack(model, PromptFormat(tokenizer, config["shots"]), forget, attack, bar)
-            run.write(f"attacks/{attack.name}.json", result)
+            model, tokenizer = load_model(
+                run.model, dtype="float32", trust_remote_code=config.get("trust_remote_code", False)
+            )
+            prompts = PromptFormat(tokenizer, config["shots"], position_limit(model))
+            run.write(f"attacks/{attack.name}.json", _attack(model, prompts, forget, attack, bar))
     return [run.read(f"attacks/{attack.name}.json") for attack in attacks]
 
 
@@ -170,15 +179,26 @@ def _attack(model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact
     return result | ({"max_unseen_fs": max(step["unseen_fs"] for step in steps)} if unseen else {})
 
 
-def _attack_data(prompts: PromptFormat, forget: Sequence[Fact], attack: Attack) -> tuple[list[Encoded], list[int]]:
-    """What the attack trains on, and which forget facts it does not see (of a harmful attack)."""
+def _check_data(forget: Sequence[Fact], attack: Attack) -> None:
+    """Raise a ValueError for an attack whose data are not there."""
     if attack.kind == "benign":
-        return [prompts.encode_text(*pair) for pair in load_instructions(attack.instructions)], []
-    count = math.ceil(attack.fraction * len(forget))
-    if count == len(forget):
+        load_instructions(attack.instructions)
+    elif len(forget) == 1:
+        raise ValueError("the run has one forget fact, and a harmful attack leaves some unseen; use --kind benign")
+    elif _seen_facts(attack, forget) == len(forget):
         raise ValueError(
             f"fraction={attack.fraction} of {len(forget)} forget facts is all of them; choose a smaller one"
         )
-    chosen = set(random.Random(attack.seed).sample(range(len(forget)), count))
+
+
+def _seen_facts(attack: Attack, forget: Sequence[Fact]) -> int:
+    return math.ceil(attack.fraction * len(forget))
+
+
+def _attack_data(prompts: PromptFormat, forget: Sequence[Fact], attack: Attack) -> tuple[list[Encoded], list[int]]:
+    """What the attack trains on, and which forget facts it does not see (of a harmful attack)."""
+    if attack.kind == "benign":
+        return prompts.encode_texts(load_instructions(attack.instructions)), []
+    chosen = set(random.Random(attack.seed).sample(range(len(forget)), _seen_facts(attack, forget)))
     seen = [fact for i, fact in enumerate(forget) if i in chosen]
     return prompts.encode_facts(seen), [i for i in range(len(forget)) if i not in chosen]

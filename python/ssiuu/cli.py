@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Unlearn facts from a language model, attack the result, diagnose it, and report.",
 )
-REFUSALS = (ValueError, TypeError, FileNotFoundError)
+TRACEBACK = "SSIUU_TRACEBACK"  # environment variable: raise errors as Python does, for bug reports
+# What the parts that write files say where a disk is full: the system, safetensors, and torch.save.
+FULL = ("No space left", "Disk quota exceeded", "os error 28", "file write failed", "unexpected pos")
 
 
 def command(function: Callable) -> Callable:
-    """Register a command whose refusals are printed as one line, with exit status 2."""
+    """Register a command whose failures are printed as one line, with exit status 2."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):
@@ -33,21 +36,41 @@ def command(function: Callable) -> Callable:
             level="WARNING", format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)]
         )
         logging.getLogger("transformers").setLevel(logging.ERROR)
+        from .progress import write_plainly
+
+        write_plainly(sys.stdout, sys.stderr)
         try:
             function(*args, **kwargs)
-        except REFUSALS as error:
-            typer.secho(f"ssiuu: {' '.join(str(error).split())}", fg="red", err=True)
-            sys.exit(2)
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            typer.secho(f"ssiuu: {said_of(error)}", fg="red", err=True)
+            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
     run.__doc__ = inspect.cleandoc(function.__doc__)
     return app.command()(run)
 
 
+def said_of(error: BaseException) -> str:
+    """What a failure says, in one line, with what to do."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; `ssiuu unlearn` goes on with --resume, other commands where they are given again"
+    if any(sign in text for sign in FULL):
+        return f"the disk is full ({text}); free some space, and give the command again (ssiuu unlearn: with --resume)"
+    if isinstance(error, ImportError):
+        return f"{text}; install the package {error.name or 'that it names'}"
+    if isinstance(error, (ValueError, TypeError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} ({TRACEBACK}=1 shows where)"
+
+
 RunFolder = Annotated[Path, typer.Argument(help="Run folder that `ssiuu unlearn` wrote.")]
 RunFolders = Annotated[list[Path], typer.Argument(help="Run folders that `ssiuu unlearn` wrote, of one base model.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")]
+Out = Annotated[Path, typer.Option(help="Folder to write: a new or an empty one.")]
 Model = Annotated[str, typer.Option(help="Hub name, local folder, or `smollm2` (the packaged SmolLM2-135M-Instruct).")]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, or bfloat16 with stochastic rounding.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Shots = Annotated[int, typer.Option(help="Worked examples in the prompt, 0 to 3.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
@@ -110,7 +133,8 @@ def unlearn(
     retain_batch: Annotated[int, typer.Option(help="Retain facts in a micro-batch; 0 is as many as forget.")] = 0,
     accumulate: Annotated[int, typer.Option(help="Micro-batches in a step.")] = 1,
     threshold: Annotated[
-        float | None, typer.Option(help="Stop when FS is this low; default 1/3, or ROUGE-L recall 0.1971.")
+        float | None,
+        typer.Option(help="Stop when FS is this low; default chance among the options, or ROUGE-L recall 0.1971."),
     ] = None,
     evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 1,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 keeps none.")] = 10,
@@ -120,9 +144,7 @@ def unlearn(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations, to save memory.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run, with the same options.")
@@ -160,6 +182,7 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(help="Of AdamW; constant.")] = 1e-5,
     shots: Shots = 0,
     dtype: Dtype = "float32",
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
 ):
     """Teach a model the facts of a file: the first step of TOFU. Its `model/` can then be unlearned from.

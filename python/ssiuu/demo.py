@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from rich.markup import escape
+
 from .attack import Attack, attack_run
 from .diagnose import diagnose_runs
 from .facts import BUILTIN, Fact, Split, by_subject, check_split, load_facts
 from .metrics import known_facts, score_facts
-from .models import PACKAGED, load_model
+from .models import PACKAGED, load_model, position_limit
 from .progress import console, job
 from .prompts import PromptFormat
 from .report import summary_table, write_report
@@ -22,6 +24,7 @@ from .runs import COMPLETE, Run
 from .unlearn import UnlearnOptions, unlearn
 
 METHODS = ("gd", "ssiuu")
+REPORT = "report"
 
 # What fits into minutes on two cores, and still shows something. One worked example: without it the model gives its
 # answers probabilities near 1e-4, and each further one costs tokens in every step. The geometric mean probability as
@@ -65,12 +68,12 @@ def run_demo(out_dir: str | Path, *, seed: int = 0, model: str = PACKAGED, optio
         ValueError: the folder holds something else, or the model knows too few facts.
     """
     out = Path(out_dir)
-    if out.exists() and not any((out / method / "config.json").is_file() for method in METHODS):
+    if out.exists() and not {path.name for path in out.iterdir()} <= {*METHODS, REPORT}:
         raise ValueError(f"{out} exists and holds no demonstration; choose another folder with --out")
     started = time.perf_counter()
 
     def phase(title: str, work: Callable[[], Result]) -> Result:
-        console.rule(f"[bold]{title}[/bold]  [dim]{time.perf_counter() - started:.0f} s", align="left")
+        console.rule(f"[bold]{escape(title)}[/bold]  [dim]{time.perf_counter() - started:.0f} s", align="left")
         return work()
 
     split = phase("Facts that the model knows", lambda: _split(out, model, options.shots, seed))
@@ -84,9 +87,9 @@ def run_demo(out_dir: str | Path, *, seed: int = 0, model: str = PACKAGED, optio
         phase(f"Attack {run.path.name.upper()}", lambda run=run: attack_run(run.path, ATTACKS))
     folders = [run.path for run in runs]
     phase("Diagnose", lambda: diagnose_runs(folders, target=DIAGNOSIS_TARGET))
-    page = phase("Report", lambda: write_report(folders, out / "report"))
+    page = phase("Report", lambda: write_report(folders, out / REPORT))
     console.print(summary_table(folders))
-    console.print(f"\n{time.perf_counter() - started:.0f} seconds. Report: {page}")
+    console.print(f"\n{time.perf_counter() - started:.0f} seconds. Report: {page}", markup=False)
     return page
 
 
@@ -99,8 +102,9 @@ def _split(out: Path, model: str, shots: int, seed: int) -> Split:
     names = random.Random(seed).sample(list(people), CANDIDATE_PEOPLE)
     facts = [fact for name in names for fact in people[name]]
     net, tokenizer = load_model(model)
+    prompts = PromptFormat(tokenizer, shots, position_limit(net))
     with job("find known facts", len(facts)) as bar:
-        scores = score_facts(net, PromptFormat(tokenizer, shots), facts, progress=bar.advance)
+        scores = score_facts(net, prompts, facts, progress=bar.advance)
     return choose_known(known_facts(scores, facts, MIN_PROBABILITY), known_facts(scores, facts, CERTAIN))
 
 
@@ -140,6 +144,6 @@ def _unlearn(out: Path, model: str, method: str, options: UnlearnOptions, seed: 
     run = Run(out / method)
     started = (run.path / "config.json").is_file()
     if started and run.read("config.json")["status"] == COMPLETE:
-        console.print(f"{run.path} is finished")
+        console.print(f"{run.path} is finished", markup=False)
         return run
     return unlearn(replace(options, model=model, method=method, seed=seed), run.path, resume=started, split=split)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ssiuu_kernels as sk
 from ssiuu_kernels import NeuronScores
 
 from .facts import Fact
-from .models import load_model
+from .models import load_model, position_limit
 from .progress import job
 from .prompts import PromptFormat
 from .runs import Run
@@ -209,14 +209,18 @@ def diagnose_runs(
         What was written to each diagnosis.json: `summarise`, "samples", "target", and "seconds" {"before", "after"}.
 
     Raises:
-        ValueError: a folder without a finished run, batch_size below 1, or see `measure_influence`.
+        ValueError: a folder without a finished run, or one that another process diagnoses; batch_size below 1, an
+            unknown target or backend, or see `measure_influence`.
+        OSError: a run folder that cannot be written to, before any work.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; expected at least 1")
     runs = [Run.open(path) for path in run_dirs]
     samples = [_Samples.of(run) for run in runs]
     summaries, originals = [], {}
-    with job("diagnose", sum(len(s.facts) for s in [*samples, *set(samples)])) as bar:
+    with ExitStack() as held, job("diagnose", sum(len(s.facts) for s in [*samples, *set(samples)])) as bar:
+        for run in dict.fromkeys(run.path.resolve() for run in runs):
+            held.enter_context(Run(run).work("diagnose"))
         for run, sample in zip(runs, samples, strict=True):
             if sample not in originals:
                 originals[sample] = sample.measure(sample.model, batch_size, target, backend, bar.advance)
@@ -229,8 +233,7 @@ def diagnose_runs(
                 "seconds": {"before": seconds_before, "after": seconds},
             }
             tensors = {f"{name}.{kind}": getattr(v, name) for kind, v in variations.items() for name in v._fields}
-            save_file(tensors, run.path / "diagnosis.safetensors")
-            run.write("diagnosis.json", summary)  # last, so that what it speaks of is there
+            run.write_diagnosis(summary, tensors)
             summaries.append(summary)
     return summaries
 
@@ -255,7 +258,7 @@ class _Samples(NamedTuple):
     ) -> tuple[dict[str, Influence], float]:
         """Influence in the model of this name, and the seconds that it took, loading aside."""
         model, tokenizer = load_model(name, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        prompts = PromptFormat(tokenizer, self.shots)
+        prompts = PromptFormat(tokenizer, self.shots, position_limit(model))
         encoded = prompts.encode_facts(self.facts)
         batches = (prompts.collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size))
         start = time.perf_counter()

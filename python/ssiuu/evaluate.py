@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from .facts import Fact, Split, all_have_options
 from .metrics import FactScores, generation_accuracy, score_facts
-from .models import load_model
+from .models import load_model, position_limit
 from .progress import job
 from .prompts import PromptFormat
 from .runs import Run
@@ -24,30 +24,41 @@ def named_means(scores: FactScores, which: str) -> dict[str, float]:
 
 
 def evaluate_sets(
-    model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact], retain: Sequence[Fact]
+    model: PreTrainedModel,
+    prompts: PromptFormat,
+    forget: Sequence[Fact],
+    retain: Sequence[Fact],
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str, float]:
-    """FS, RS, mean answer probability and margin of both sets; see `named_means`. An empty set is left out."""
+    """FS, RS, mean answer probability and margin of both sets; see `named_means`. An empty set is left out.
+
+    Args:
+        progress: called with the number of facts done since the last call.
+    """
     found = {}
     for which, facts in (("forget", forget), ("retain", retain)):
         if facts:
-            found |= named_means(score_facts(model, prompts, facts), which)
+            found |= named_means(score_facts(model, prompts, facts, progress=progress), which)
     return found
 
 
 def evaluate_split(
-    model: PreTrainedModel, prompts: PromptFormat, split: Split, generation: bool = False
+    model: PreTrainedModel, prompts: PromptFormat, split: Split, *, name: str, generation: bool = False
 ) -> dict[str, float]:
     """All sets of a split; the test set's scores are named as the retain set's, with "test_" before.
 
     Args:
+        name: of the bar.
         generation: also the accuracy when the model writes its choice among options that stand in the prompt.
     """
-    found = evaluate_sets(model, prompts, split.forget, split.retain)
-    found |= {f"test_{name}": value for name, value in evaluate_sets(model, prompts, [], split.test).items()}
-    if generation:
-        for name, facts in (("fs_generation", split.forget), ("rs_generation", split.retain)):
-            if facts and all_have_options(facts):
-                found[name] = generation_accuracy(model, prompts, facts)
+    with job(name, sum(map(len, split))) as bar:
+        found = evaluate_sets(model, prompts, split.forget, split.retain, bar.advance)
+        tested = evaluate_sets(model, prompts, [], split.test, bar.advance)
+        found |= {f"test_{name}": value for name, value in tested.items()}
+        if generation:
+            for score, facts in (("fs_generation", split.forget), ("rs_generation", split.retain)):
+                if facts and all_have_options(facts):
+                    found[score] = generation_accuracy(model, prompts, facts)
     return found
 
 
@@ -58,17 +69,18 @@ def evaluate_run(run_dir: str | Path) -> dict:
         {"before": {...}, "after": {...}}, also written to the run's evaluation.json.
 
     Raises:
-        ValueError: no finished run.
+        ValueError: no finished run, or one that another process evaluates.
+        OSError: a run folder that cannot be written to, before any work.
     """
     run = Run.open(run_dir)
     config, split = run.read("config.json"), run.split()
     found = {}
-    with job("evaluate", 2) as bar:
+    with run.work("evaluate"):
         for when, name in (("before", config["model"]), ("after", run.model)):
             model, tokenizer = load_model(
                 name, dtype=config["dtype"], trust_remote_code=config.get("trust_remote_code", False)
             )
-            found[when] = evaluate_split(model, PromptFormat(tokenizer, config["shots"]), split, generation=True)
-            bar.advance()
-    run.write("evaluation.json", found)
+            prompts = PromptFormat(tokenizer, config["shots"], position_limit(model))
+            found[when] = evaluate_split(model, prompts, split, name=f"evaluate {when}", generation=True)
+        run.write("evaluation.json", found)
     return found

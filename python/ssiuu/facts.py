@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import random
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+from .words import words
+
 BUILTIN = "builtin"
+PACKED = {"gzip": b"\x1f\x8b", "zip": b"PK\x03\x04", "parquet": b"PAR1", "zstandard": b"\x28\xb5\x2f\xfd"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class Fact:
     answer: str
     false_options: tuple[str, ...] = ()
     subject: str | None = None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The true answer, then the false ones."""
+        return (self.answer, *self.false_options)
 
 
 class Split(NamedTuple):
@@ -49,7 +58,8 @@ def load_facts(source: str | Path) -> list[Fact]:
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: a malformed row (file, line number, field), options in some rows only, or no rows.
+        ValueError: a malformed row (file, line number, field), options in some rows only, an answer without options and
+            without a word, or no rows.
     """
     facts = []
     for where, row in read_rows(source, "facts.jsonl"):
@@ -65,26 +75,44 @@ def load_facts(source: str | Path) -> list[Fact]:
 
 
 def read_rows(source: str | Path, embedded: str) -> Iterable[tuple[str, object]]:
-    """(where it stands, row) of a JSONL file or a dataset; `embedded` is the package's file that "builtin" means."""
+    """(where it stands, row) of a file or a dataset; `embedded` is the package's file that "builtin" means.
+
+    A file is JSON Lines, or one JSON array.
+    """
     if source == BUILTIN:
-        return _read_jsonl(resources.files("ssiuu") / "data" / embedded, embedded)
+        return _parse((resources.files("ssiuu") / "data" / embedded).read_bytes(), embedded)
     path = Path(source)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a .jsonl file in it, a datasets name or 'builtin'")
     if path.suffix in (".jsonl", ".json") or path.exists():
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; expected a .jsonl file, a datasets name or 'builtin'")
-        return _read_jsonl(path, str(path))
+        return _parse(path.read_bytes(), str(path))
     return _read_dataset(str(source))
 
 
-def _read_jsonl(path, name: str) -> Iterable[tuple[str, object]]:
+def _parse(content: bytes, name: str) -> Iterable[tuple[str, object]]:
+    for kind, magic in PACKED.items():
+        if content.startswith(magic):
+            raise ValueError(f"{name} is a {kind} file; expected JSON Lines as UTF-8 text: convert it first")
     try:
-        # splitlines() breaks at U+2028 too, which JSON allows within a text.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    if not lines[-1]:
-        lines.pop()  # what follows the last line's end
-    for number, line in enumerate(lines, 1):
+    return _parse_array(text, name) if text.lstrip().startswith("[") else _parse_lines(text, name)
+
+
+def _parse_array(text: str, name: str) -> Iterable[tuple[str, object]]:
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} begins with '[' and is not a JSON array: {error}; expected JSON Lines") from None
+    return [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _parse_lines(text: str, name: str) -> Iterable[tuple[str, object]]:
+    # splitlines() breaks at U+2028 too, which JSON allows within a text. Blank lines at the end are nothing.
+    for number, line in enumerate(text.rstrip().split("\n") if text.strip() else [], 1):
         where = f"{name}, line {number}"
         if not line.strip():
             raise ValueError(f"{where} is empty; expected one JSON object a line")
@@ -113,19 +141,41 @@ def _as_fact(row: object, where: str) -> Fact:
     if not isinstance(row, dict):
         raise ValueError(f"{where} is a {type(row).__name__}; expected an object with question and answer")
     for field in ("question", "answer"):
-        value = row.get(field)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}, field {field!r} is {value!r}; expected a text that is not empty")
+        check_text(row.get(field), field, where)
     options = row.get("false_options", row.get("perturbed_answer"))
     options = [] if options is None else options
-    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+    if not isinstance(options, list):
         raise ValueError(f"{where}, field 'false_options' is {options!r}; expected a list of texts")
-    if row["answer"] in options:
+    for option in options:
+        check_text(option, "false_options", where)
+    if _bare(row["answer"]) in map(_bare, options):
         raise ValueError(f"{where}, field 'false_options' contains the answer {row['answer']!r}; remove it")
+    if not options and not words(row["answer"]):
+        raise ValueError(
+            f"{where}, field 'answer' is {row['answer']!r}, without a letter or digit; ROUGE-L, which scores answers "
+            "without false_options, finds no word in it: give options, or leave the row out"
+        )
     subject = row.get("subject")
-    if subject is not None and (not isinstance(subject, str) or not subject.strip()):
-        raise ValueError(f"{where}, field 'subject' is {subject!r}; expected a name, or no such field")
+    if subject is not None:
+        check_text(subject, "subject", where)
     return Fact(row["question"], row["answer"], tuple(options), subject)
+
+
+def check_text(value: object, field: str, where: str) -> None:
+    """Raise a ValueError that names the place unless `value` is a text that a tokenizer can read."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}, field {field!r} is {value!r}; expected a text that is not empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}, field {field!r} has half of a surrogate pair at character {error.start + 1} ({value!a}); "
+            "expected whole characters: write the data again from its source"
+        ) from None
+
+
+def _bare(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def by_subject(facts: Iterable[Fact]) -> dict[str, list[Fact]]:

@@ -20,6 +20,7 @@ METHOD_COLOURS = {"gd": "#d55e00", "ssiuu": "#0072b2", "ga": "#cc79a7", "npo": "
 OTHER_COLOURS = ("#56b4e9", "#7f6a3f", "#5e3c99", "#444444")
 LINE_STYLES = ("-", "--", "-.", ":")
 STYLE = {
+    "text.parse_math": False,  # the names of runs may have dollar signs
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",

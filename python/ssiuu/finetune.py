@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
 
-from .evaluate import evaluate_sets
-from .facts import BUILTIN, load_facts
-from .models import load_model
+from .evaluate import evaluate_split
+from .facts import BUILTIN, Split, load_facts
+from .methods import check_learning_rate, check_weights_dtype
+from .models import load_model, position_limit
 from .progress import job
 from .prompts import Encoded, PromptFormat
 from .recorder import StepRecord
 from .runs import Run
-from .trainer import RecordedTrainer, Schedule, training_arguments
+from .trainer import RecordedTrainer, Schedule, refuse_launchers, training_arguments
+
+logger = logging.getLogger(__name__)
 
 
 def train_on(
@@ -36,7 +40,7 @@ def train_on(
         record: receives every step.
 
     Raises:
-        DivergedError: a loss or gradient that is no number.
+        DivergedError: a loss or gradient that is not finite.
     """
     set_seed(seed)
     schedule = Schedule([(samples, min(batch_size, len(samples)), False)], steps, seed)
@@ -55,41 +59,56 @@ def finetune(
     learning_rate: float = 1e-5,
     shots: int = 0,
     dtype: str = "float32",
+    trust_remote_code: bool = False,
     seed: int = 0,
 ) -> Run:
     """Teach a model the facts of a file, and keep it in a run folder (`model/` can then be unlearned from).
 
+    Each answer ends with the tokenizer's end token, so that the model learns where to stop. A run that was broken off
+    is begun again in its folder.
+
     Raises:
-        ValueError: a folder that exists, malformed facts, numbers out of range.
-        DivergedError: a loss or gradient that is no number.
+        ValueError: a folder that holds something else, or in which another process is at work; malformed facts, facts
+            that do not fit the model, numbers out of range.
+        OSError: a folder that cannot be written to, before any model is loaded; a full disk.
+        DivergedError: a loss or gradient that is not finite.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value}; expected at least 1")
+    check_learning_rate(learning_rate)
+    check_weights_dtype(dtype)
+    refuse_launchers()
     known = load_facts(facts)
     config = {
         "method": "finetune", "model": model, "facts": facts, "max_steps": steps, "batch_size": batch_size,
-        "learning_rate": learning_rate, "shots": shots, "dtype": dtype, "seed": seed,
+        "learning_rate": learning_rate, "shots": shots, "dtype": dtype, "trust_remote_code": trust_remote_code,
+        "seed": seed,
     }  # fmt: skip
-    run = Run.claim(run_dir, config, resume=False)
-    net, tokenizer = load_model(model, dtype=dtype)
-    prompts = PromptFormat(tokenizer, shots)
-    run.start(config)
-    before = evaluate_sets(net, prompts, [], known)
-    with job("finetune", steps) as bar:
+    with Run.claim(run_dir, config, resume=False) as run:
+        net, tokenizer = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        prompts = PromptFormat(tokenizer, shots, position_limit(net))
+        samples = prompts.encode_facts(known, end=True)
+        prompts.encode_options(known)  # refuses what does not fit the model, before anything is written
+        if tokenizer.eos_token_id is None:
+            logger.warning("the tokenizer of %s has no end token; the model will not learn where answers end", model)
+        run.start(config)
+        everything = Split([], known, [])
+        before = evaluate_split(net, prompts, everything, name="score before")
+        with job("finetune", steps) as bar:
 
-        def write(line: dict) -> None:
-            run.append_metrics(line)
-            bar.advance()
-            bar.say(loss=line["loss"])
+            def write(line: dict) -> None:
+                run.append_metrics(line)
+                bar.advance()
+                bar.say(loss=line["loss"])
 
-        record = StepRecord(write, lambda _: {}, steps)
-        train_on(
-            net, prompts, prompts.encode_facts(known),
-            learning_rate=learning_rate, steps=steps, batch_size=batch_size, seed=seed, record=record,
-        )  # fmt: skip
-    run.write("evaluation.json", {"before": before, "after": evaluate_sets(net, prompts, [], known)})
-    net.save_pretrained(run.model)
-    tokenizer.save_pretrained(run.model)
-    run.finish()
-    return run
+            train_on(
+                net, prompts, samples, learning_rate=learning_rate, steps=steps, batch_size=batch_size, seed=seed,
+                record=StepRecord(write, lambda _: {}, steps),
+            )  # fmt: skip
+        after = evaluate_split(net, prompts, everything, name="score after")
+        run.write("evaluation.json", {"before": before, "after": after})
+        net.save_pretrained(run.model)
+        tokenizer.save_pretrained(run.model)
+        run.finish()
+        return run

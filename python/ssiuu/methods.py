@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ssiuu_kernels as sk
 
@@ -20,6 +21,8 @@ class OptimizerOptions:
     penalty_weight: float
     penalty_share: float | None
     update_in_backward: bool = False
+    stochastic_rounding: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Method:
 
     Attributes:
         name: as the command line knows it.
-        objective: the backbone's loss, a name of `PatchHandle.unlearning_loss`.
+        objective: the backbone's loss, a name of `PatchHandle.unlearning_loss`; a difference of means over tokens.
         optimizer: makes the optimizer that applies the regulariser.
         penalised: whether the optimizer is an `SsiuuAdamW`, which reads `param.target_grad`; the backward of the loss
             then fills that too.
@@ -42,7 +45,30 @@ class Method:
     summary: str
 
 
-def _adamw(params: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
+class RoundedAdamW(sk.SsiuuAdamW):
+    """AdamW that rounds bfloat16 weights stochastically: `SsiuuAdamW` without a target, and so without a penalty.
+
+    Rounding to the nearest drops updates below half a unit in the last place: at a learning rate of 1e-5 almost all.
+    The target that is not there takes 4 bytes per parameter, two of them during a step alone.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, seed: int):
+        super().__init__(
+            params, lr=lr, weight_decay=weight_decay, penalty_weight=0.0, stochastic_rounding=True, seed=seed
+        )
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.target_grad = None if param.grad is None else torch.zeros_like(param.grad)
+        return super().step(closure)
+
+
+def plain_adamw(params: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """AdamW without a penalty."""
+    if options.stochastic_rounding:
+        return RoundedAdamW(params, options.learning_rate, options.weight_decay, options.seed)
     return torch.optim.AdamW(params, lr=options.learning_rate, weight_decay=options.weight_decay)
 
 
@@ -54,11 +80,13 @@ def _ssiuu_adamw(params: Iterable[nn.Parameter], options: OptimizerOptions) -> t
         penalty_weight=options.penalty_weight,
         penalty_share=options.penalty_share,
         update_in_backward=options.update_in_backward,
+        stochastic_rounding=options.stochastic_rounding,
+        seed=options.seed,
     )
 
 
 _ALL = (
-    Method("gd", "gd", _adamw, False, "gradient difference: ascent on forget, descent on retain"),
+    Method("gd", "gd", plain_adamw, False, "gradient difference: ascent on forget, descent on retain"),
     Method("ssiuu", "gd", _ssiuu_adamw, True, "gradient difference with the penalty on growing negative attribution"),
 )
 METHODS = {method.name: method for method in _ALL}
@@ -69,6 +97,21 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method={name!r} is unknown; expected one of {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def check_learning_rate(rate: float) -> None:
+    """Raise a ValueError for a learning rate that is not a positive, finite number."""
+    if not 0 < rate < math.inf:
+        raise ValueError(f"learning_rate={rate}; expected a positive number")
+
+
+def check_weights_dtype(dtype: str) -> None:
+    """Raise a ValueError for weights that cannot be trained."""
+    if dtype == "float16":
+        raise ValueError(
+            "dtype='float16' cannot be trained: AdamW's eps and second moments vanish in it; "
+            "use --dtype bfloat16, or float32 with --bf16"
+        )
 
 
 def check_update_in_backward(method: Method, accumulate: int, max_grad_norm: float = 0.0) -> None:

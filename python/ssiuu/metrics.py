@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -15,10 +17,13 @@ from transformers import DynamicCache, PreTrainedModel
 from ssiuu_kernels import sequence_log_probs
 
 from .facts import Fact, all_have_options
+from .generation import generate, room_for
 from .prompts import Encoded, PromptFormat
+from .words import WordTokenizer, chosen_option
 
-NEW_TOKENS = 48
-GENERATION_BATCH = 32
+CHOICE_TOKENS = 12  # at least, for a choice that is written
+SHORTEST_SHARED = 8  # tokens at the start of all prompts that are worth a forward of their own
+CACHE_NAMES = ("cache", "past_key_values")  # what forwards call it, the newest name first
 
 
 class FactScores(NamedTuple):
@@ -61,18 +66,23 @@ def score_facts(
         batch_size: sequences a forward.
         progress: called with the number of facts done since the last call.
     """
-    options = [(fact.answer, *fact.false_options) for fact in facts]
-    encoded = [
-        prompts.encode(fact.question, text) for fact, texts in zip(facts, options, strict=True) for text in texts
-    ]
+    options = all_have_options(facts)
+    counts = [len(fact.options) for fact in facts]
+    # Writing the answers takes most of the time where there are no options, and choosing takes all of it elsewhere.
+    chosen, written = (progress, None) if options else (None, progress)
     with _evaluating(model):
-        log_probs, lengths = _log_probs(model, prompts, encoded, batch_size, progress and _per(progress, options))
-        counts = [len(texts) for texts in options]
+        encoded = prompts.encode_options(facts)
+        log_probs, lengths = _log_probs(model, prompts, encoded, batch_size, chosen and _per(chosen, counts))
         by_fact = zip(log_probs.split(counts), lengths.split(counts), strict=True)
         probability, margin = zip(*[_probability_and_margin(s, n) for s, n in by_fact], strict=True)
         probability, margin = torch.stack(probability), torch.stack(margin)
-        score = (margin > 0).float() if all_have_options(facts) else rouge_recall(model, prompts, facts)
+        score = (margin > 0).float() if options else rouge_recall(model, prompts, facts, written)
     return FactScores(score, probability, margin)
+
+
+def chance(facts: Sequence[Fact]) -> float:
+    """The score of answers drawn blindly among each fact's options: 1/3 where all have two false ones."""
+    return float(sum(Fraction(1, len(fact.options)) for fact in facts) / len(facts))
 
 
 def _probability_and_margin(log_probs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,9 +91,9 @@ def _probability_and_margin(log_probs: Tensor, lengths: Tensor) -> tuple[Tensor,
     return log_probs[0].exp(), margin
 
 
-def _per(progress: Callable[[int], None], options: Sequence[Sequence[str]]) -> Callable[[int], None]:
+def _per(progress: Callable[[int], None], counts: Sequence[int]) -> Callable[[int], None]:
     """Turns counts of sequences into counts of facts; every fact is taken to have the mean number of options."""
-    per_fact = sum(map(len, options)) / len(options)
+    per_fact = sum(counts) / len(counts)
     return lambda sequences: progress(sequences / per_fact)
 
 
@@ -95,54 +105,69 @@ def _log_probs(
     batch_size: int,
     progress: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-likelihood and length of each answer, float32 `[N]`. The worked examples run once, through a KV cache."""
-    skip = len(prompts.prefix) if len(prompts.prefix) > 1 else 0
-    shared = DynamicCache(config=model.config)
-    if skip:
-        model(input_ids=torch.tensor([prompts.prefix], device=model.device), past_key_values=shared, use_cache=True)
+    """Log-likelihood and length of each answer, float32 `[N]`. What all prompts begin with runs once."""
+    start = _SharedStart.of(model, [sample.prompt for sample in encoded])
     log_probs, lengths = [], torch.tensor([float(len(sample.answer)) for sample in encoded])
-    for start in range(0, len(encoded), batch_size):
-        part = [Encoded(sample.prompt[skip:], sample.answer) for sample in encoded[start : start + batch_size]]
+    for first in range(0, len(encoded), batch_size):
+        part = [Encoded(sample.prompt[start.length :], sample.answer) for sample in encoded[first : first + batch_size]]
         batch = {name: tensor.to(model.device) for name, tensor in prompts.collate(part).items()}
         labels = batch.pop("labels")
-        cache = copy.deepcopy(shared) if skip else None
-        if skip:
-            cache.batch_repeat_interleave(len(part))
-            seen = batch["attention_mask"].new_ones(len(part), skip)
-            batch["attention_mask"] = torch.cat([seen, batch["attention_mask"]], dim=1)
-        logits = model(**batch, past_key_values=cache, use_cache=bool(skip)).logits
+        logits = model(**start.put_before(batch)).logits
         log_probs.append(sequence_log_probs(logits, labels).cpu())
         if progress is not None:
             progress(len(part))
     return torch.cat(log_probs), lengths
 
 
-@torch.inference_mode()
-def generate(
-    model: PreTrainedModel, prompts: PromptFormat, texts: Sequence[str], new_tokens: int = NEW_TOKENS
-) -> list[str]:
-    """Greedy continuation of each prompt, cut at the first line break."""
-    answers = []
-    for start in range(0, len(texts), GENERATION_BATCH):
-        samples = [Encoded(prompts.encode_prompt(text), []) for text in texts[start : start + GENERATION_BATCH]]
-        batch = {name: tensor.to(model.device) for name, tensor in prompts.collate(samples, side="left").items()}
-        output = model.generate(
-            batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            pad_token_id=prompts.pad,
-        )
-        continuations = output[:, batch["input_ids"].shape[1] :]
-        for text in prompts.tokenizer.batch_decode(continuations, skip_special_tokens=True):
-            answers.append(text.strip().split("\n")[0])
-    return answers
+class _SharedStart(NamedTuple):
+    """The tokens that all prompts begin with, as a KV cache; of length 0 where a cache is not worth it or not taken."""
+
+    length: int
+    name: str | None
+    cache: DynamicCache | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> _SharedStart:
+        nothing = cls(0, None, None)
+        first, last = min(prompts), max(prompts)  # what these two share, all do
+        length = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+        length = min(length, min(map(len, prompts)) - 1)  # the answer's first token needs one before it
+        taken = inspect.signature(model.forward).parameters
+        name = next((name for name in CACHE_NAMES if name in taken), None)
+        if length < SHORTEST_SHARED or len(prompts) == 1 or name is None:
+            return nothing
+        cache = DynamicCache(config=model.config)
+        ids = torch.tensor([list(first[:length])], device=model.device)
+        model(input_ids=ids, use_cache=True, **{name: cache})
+        # A forward that swallows the argument leaves the cache empty; the whole prompts are right there, and slower.
+        return cls(length, name, cache) if cache.get_seq_length() == length else nothing
+
+    def put_before(self, batch: dict[str, Tensor]) -> dict:
+        """The arguments of a forward over `batch` behind the shared tokens."""
+        if not self.length:
+            return {**batch, "use_cache": False}
+        rows = len(batch["input_ids"])
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        seen = batch["attention_mask"].new_ones(rows, self.length)
+        mask = torch.cat([seen, batch["attention_mask"]], dim=1)
+        return {**batch, "attention_mask": mask, self.name: cache, "use_cache": True}
 
 
-def rouge_recall(model: PreTrainedModel, prompts: PromptFormat, facts: Sequence[Fact]) -> Tensor:
-    """ROUGE-L recall of the generated answer against the true one, float32 `[N]`; TOFU's forget threshold is on it."""
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    answers = generate(model, prompts, [prompts.question(fact.question) for fact in facts])
+def rouge_recall(
+    model: PreTrainedModel,
+    prompts: PromptFormat,
+    facts: Sequence[Fact],
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """ROUGE-L recall of the generated answer against the true one, float32 `[N]`; TOFU's forget threshold is on it.
+
+    Args:
+        progress: called with the number of facts done since the last call.
+    """
+    scorer = RougeScorer(["rougeL"], tokenizer=WordTokenizer())
+    room = room_for([sample.answer for sample in prompts.encode_facts(facts)])
+    answers = generate(model, prompts, [prompts.question(fact.question) for fact in facts], room, progress)
     return torch.tensor(
         [scorer.score(fact.answer, answer)["rougeL"].recall for fact, answer in zip(facts, answers, strict=True)]
     )
@@ -151,20 +176,19 @@ def rouge_recall(model: PreTrainedModel, prompts: PromptFormat, facts: Sequence[
 def generation_accuracy(model: PreTrainedModel, prompts: PromptFormat, facts: Sequence[Fact]) -> float:
     """Share of facts that the model answers when the options stand in the prompt and it writes its choice.
 
-    The options are listed in alphabetical order, which says nothing of the truth. An answer counts where it begins with
-    the true option, letter case aside.
+    The options are listed in alphabetical order, which says nothing of the truth. A choice is the longest option that
+    the answer begins with, as whole words, letter case aside.
 
     Raises:
         ValueError: a fact without options.
     """
     if not all_have_options(facts):
         raise ValueError("facts without false_options cannot be asked as a choice; use score_facts (ROUGE-L recall)")
-    texts = [
-        prompts.question(f"{fact.question} ({', '.join(sorted((fact.answer, *fact.false_options)))})") for fact in facts
-    ]
+    texts = [prompts.question(f"{fact.question} ({', '.join(sorted(fact.options))})") for fact in facts]
+    room = room_for([sample.answer for sample in prompts.encode_options(facts)], CHOICE_TOKENS)
     with _evaluating(model):
-        answers = generate(model, prompts, texts, new_tokens=12)
-    right = [a.lower().startswith(fact.answer.lower()) for a, fact in zip(answers, facts, strict=True)]
+        answers = generate(model, prompts, texts, new_tokens=room)
+    right = [chosen_option(a, fact.options) == fact.answer for a, fact in zip(answers, facts, strict=True)]
     return sum(right) / len(right)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import re
 import shutil
 import tempfile
 import textwrap
@@ -11,13 +13,23 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
+
+logger = logging.getLogger(__name__)
 
 # The toolkit shows its own progress; a second set of bars would break its lines.
 disable_progress_bar()
 
 PACKAGED = "smollm2"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,6 +61,8 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+    except ImportError as error:  # a package that this model or its tokenizer needs
+        raise ValueError(f"model {name} needs a package: {textwrap.shorten(str(error), 400)}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"model {name} could not be loaded: {textwrap.shorten(str(error), 400)}; "
@@ -61,7 +75,54 @@ def load_model(
         raise ValueError(
             f"the checkpoint of {name} does not fit its configuration: {len(unfit)} weights, first {unfit[0]}"
         )
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        # Added to the tokenizer alone: the model has no row for it, and padding is masked, so another will do.
+        tokenizer.pad_token = None
+    _make_saveable(model, name)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has learned positions for; None where positions are computed (rotary, ALiBi)."""
+    tables = [
+        table
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding)
+        and re.search(r"position|wpe$", name)
+        and not re.search(r"vis|image|audio", name)
+    ]
+    # OPT keeps `offset` rows to itself, and RoBERTa those up to its padding's.
+    kept = [getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
+    return min((table.num_embeddings - rows for table, rows in zip(tables, kept, strict=True)), default=None)
+
+
+def _make_saveable(model: PreTrainedModel, name: str | Path) -> None:
+    """Give a model whose configs transformers will not save a generation config that it will.
+
+    Transformers before 5 refuses, say, a temperature without sampling, and only when the first checkpoint is written.
+    What it finds of this kind in the model's own config it moves to the generation config before.
+    """
+    refused = _refusal_to_save(model)
+    if refused is None:
+        return
+    logger.warning(
+        "the generation config of %s cannot be saved (%s); the runs' models keep its special tokens alone",
+        name, textwrap.shorten(refused, 200),
+    )  # fmt: skip
+    kept = {token: getattr(model.generation_config, token) for token in SPECIAL_TOKENS}
+    model.generation_config = GenerationConfig(**kept)
+    refused = _refusal_to_save(model)
+    if refused is not None:
+        raise ValueError(f"model {name} could not be saved: {textwrap.shorten(refused, 400)}; mend its config.json")
+
+
+def _refusal_to_save(model: PreTrainedModel) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def packaged_model() -> Path:
@@ -85,12 +146,15 @@ def packaged_model() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and moved there, so that a run that is killed leaves no half a model.
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
     try:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
         partial.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(partial)
+    except OSError:
+        if not folder.is_dir():  # where it is, another process was first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
+
+PLAIN = {"→": "->", "—": "-", "–": "-", "…": "..."}
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN.get(char, "?") for char in text), error.end
+
+
+codecs.register_error("ssiuu", _plainly)
+
+
+def write_plainly(*streams: TextIO) -> None:
+    """Let these streams write something like what their encoding lacks, such as -> for an arrow in latin-1."""
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):  # a stream that a program put in the place of stdout may lack it
+            stream.reconfigure(errors="ssiuu")
 
 
 class Job:
@@ -26,14 +47,15 @@ class Job:
         text = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
         self._progress.update(self._task, values=text)
         if not console.is_terminal:
-            console.print(f"{self._progress.tasks[self._task].description}: {text}", soft_wrap=True)
+            line = f"{self._progress.tasks[self._task].description}: {text}"
+            console.print(line, soft_wrap=True, markup=False)
 
 
 @contextmanager
 def job(name: str, total: int) -> Iterator[Job]:
     """A bar with this name over `total` units of work."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # the names of runs may have square brackets
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

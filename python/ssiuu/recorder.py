@@ -24,7 +24,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what getrusage c
 
 
 class DivergedError(ValueError):
-    """Training met a loss or a gradient that is no number."""
+    """Training met a loss or a gradient that is not finite."""
 
 
 class StepRecord(NamedTuple):
@@ -47,7 +47,7 @@ class StepRecord(NamedTuple):
 
 
 def check_finite(name: str, value: float, step: int) -> None:
-    """Raise `DivergedError` if this value of this step is no finite number."""
+    """Raise `DivergedError` if this value of this step is not finite."""
     if not math.isfinite(value):
         raise DivergedError(
             f"{name} is {value} at step {step}; stopped before a checkpoint took it in: use a lower learning rate or "

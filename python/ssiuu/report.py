@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.markup import escape
 from rich.table import Table
 
 import ssiuu_kernels as sk
 
 from . import plots
 from .figure_style import colour, save
+from .locks import locked
 from .records import RunRecord, attack_groups, read_runs
 
 NOT_RUN = "not run"
@@ -30,7 +32,7 @@ CAPTIONS = {
 METRICS = {
     "FS": "Forget score: share of the forget facts that the model still answers, choosing the true answer over the "
     "false options (or ROUGE-L recall of the generated answer, for facts without options). At 1/3 with three options "
-    "it answers by chance.",
+    "it answers by chance, at 1/2 with two.",
     "RS": "Retain score: the same over facts that should be kept, from people the unlearning trained to keep.",
     "RS, other people": "The same over people in neither the forget set nor the retain set.",
     "P(answer)": "Mean probability of the true answer, given the question. It moves where a few facts make FS coarse.",
@@ -71,11 +73,15 @@ def write_report(run_dirs: Iterable[str | Path], out_dir: str | Path) -> Path:
         Path of report.html, one file that loads nothing else.
 
     Raises:
-        ValueError: see `read_runs`.
+        ValueError: see `read_runs`; another process writes there.
+        OSError: a folder that cannot be written to.
     """
     records = read_runs(run_dirs)
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with locked(Path(out_dir)):
+        return _write(records, Path(out_dir))
+
+
+def _write(records: Sequence[RunRecord], out_dir: Path) -> Path:
     figures = []
     for name, figure in plots.draw_all(records).items():
         file = out_dir / f"{name}.png"
@@ -111,10 +117,11 @@ def summary_table(run_dirs: Iterable[str | Path]) -> Table:
         ValueError: see `read_runs`.
     """
     records = read_runs(run_dirs)
-    table = Table(title=f"Unlearning {records[0].config['model']}", title_justify="left", title_style="bold")
+    title = escape(f"Unlearning {records[0].config['model']}")
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
     for record in records:
-        table.add_column(record.label, justify="right", header_style=colour(record))
+        table.add_column(escape(record.label), justify="right", header_style=colour(record))
     section = ""
     for row in table_rows(records):
         if row.section != section:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import __version__ as transformers_version
 
 import ssiuu_kernels as sk
 
 from .facts import Fact, Split
+from .locks import LOCK, locked
+
+logger = logging.getLogger(__name__)
 
 RUNNING, COMPLETE = "running", "complete"
+PARTIAL = ".partial"  # suffix of a file that is being written
 
 
 class Run:
@@ -27,40 +36,69 @@ class Run:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        _check_name(self.path)
         self.model, self.checkpoints = self.path / "model", self.path / "checkpoints"
         self.attacks, self.metrics = self.path / "attacks", self.path / "metrics.jsonl"
 
     @classmethod
-    def claim(cls, path: str | Path, config: dict[str, Any], resume: bool) -> Run:
-        """A run that may be started (`start`) or resumed in this folder; nothing is written yet.
+    @contextmanager
+    def claim(cls, path: str | Path, config: dict[str, Any], resume: bool) -> Iterator[Run]:
+        """A run that may be started (`start`) or resumed in this folder, which no other process may use meanwhile.
+
+        A folder that is new or empty is claimed, and one in which something was begun that cannot be resumed is begun
+        again. A new folder into which nothing was written is removed.
 
         Raises:
-            ValueError: the folder exists and resume is false; nothing to resume, other options, or a finished run.
+            ValueError: the folder holds something and resume is false; nothing to resume, other options, or a finished
+                run; another process is at work there.
+            OSError: a folder that cannot be made or written to.
         """
         run = cls(path)
-        if not resume:
-            if run.path.exists():
-                way_on = ", or continue it with --resume" if _resumable(config) else ""
-                raise ValueError(f"run folder {run.path} exists; choose another{way_on}")
-            return run
-        before = run.read("config.json")
+        if resume:
+            run.config()  # refuses before anything is made
+        with locked(run.path):
+            if resume:
+                run._check_resumed(config)
+            else:
+                run._check_new(config)
+            yield run
+
+    def _check_new(self, config: dict[str, Any]) -> None:
+        held = [file for file in self.path.iterdir() if file.name != LOCK and file.suffix != PARTIAL]
+        if not held:
+            return
+        started = self.config() if self._is_run() else None
+        if started and started["status"] == RUNNING and not _resumable(started) and not _resumable(config):
+            logger.warning("%s holds a run that was broken off; it is begun again", self.path)
+            self._clear()
+            return
+        way_on = ", or continue it with --resume" if started and _resumable(config) else ""
+        raise ValueError(f"run folder {self.path} exists; choose another{way_on}")
+
+    def _clear(self) -> None:
+        # config.json last: until then it says whose files these are.
+        for folder in (self.model, self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.metrics, self.path / "evaluation.json", self.path / "config.json"):
+            file.unlink(missing_ok=True)
+
+    def _check_resumed(self, config: dict[str, Any]) -> None:
+        before = self.config()
         if before["status"] == COMPLETE:
-            raise ValueError(f"run {run.path} is complete; there is nothing to resume")
+            raise ValueError(f"run {self.path} is complete; there is nothing to resume")
         # An option that a run was started without, under an earlier version, is taken as it comes.
         changed = [name for name in config if name in before and before[name] != config[name]]
         if changed:
             name = changed[0]
             raise ValueError(
-                f"run {run.path} was started with {name}={before[name]!r}, now {config[name]!r}; "
+                f"run {self.path} was started with {name}={before[name]!r}, now {config[name]!r}; "
                 "resume with the same options"
             )
-        return run
 
     def start(self, config: dict[str, Any]) -> None:
-        """Make the folder, and keep the configuration in it; a resumed run has both already."""
-        if self.path.exists():
+        """Keep the configuration in the folder; a resumed run has it already."""
+        if (self.path / "config.json").is_file():
             return
-        self.path.mkdir(parents=True)
         versions = {"ssiuu-kernels": sk.__version__, "torch": torch.__version__, "transformers": transformers_version}
         self.write("config.json", {**config, "versions": versions, "status": RUNNING})
 
@@ -72,26 +110,61 @@ class Run:
             ValueError: no run folder, or a run that is not finished.
         """
         run = cls(path)
-        config = run.read("config.json")
+        config = run.config()
         if config["status"] != COMPLETE:
-            way_on = "continue it with `ssiuu unlearn --resume`" if _resumable(config) else "run it anew elsewhere"
+            way_on = "continue it with `ssiuu unlearn --resume`" if _resumable(config) else "run it anew"
             raise ValueError(f"run {run.path} is not finished; {way_on} first")
         return run
+
+    @contextmanager
+    def work(self, name: str) -> Iterator[None]:
+        """Hold a finished run for a command of this name: two of them would write the same files.
+
+        Raises:
+            ValueError: another process runs that command on it.
+            OSError: a folder that cannot be written to, before any work.
+        """
+        with locked(self.path, f".{name}{LOCK}"):
+            yield
+
+    def config(self) -> dict[str, Any]:
+        """config.json; a ValueError if it is not there or another program's, such as a model's."""
+        config = self.read("config.json")
+        if not isinstance(config, dict) or not {"status", "method"} <= config.keys():
+            raise ValueError(f"{self.path} is not a run folder; expected one, as `ssiuu unlearn` writes it")
+        return config
+
+    def _is_run(self) -> bool:
+        try:
+            self.config()
+        except ValueError:
+            return False
+        return True
 
     def read(self, name: str) -> Any:
         """A JSON file of the run; a ValueError if it is not there."""
         file = self.path / name
         if not file.is_file():
             raise ValueError(f"{self.path} has no {name}; expected a run folder, as `ssiuu unlearn` writes it")
-        return json.loads(file.read_text(encoding="utf-8"))
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON ({error}); expected a file that `ssiuu` wrote") from None
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the run, whole or not at all."""
         file = self.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        _replace(file, json.dumps(value, indent=1) + "\n")
+
+    def write_diagnosis(self, summary: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Write diagnosis.json and diagnosis.safetensors, of which the first is there only beside its own second."""
+        (self.path / "diagnosis.json").unlink(missing_ok=True)
+        file = self.path / "diagnosis.safetensors"
+        partial = file.with_suffix(PARTIAL)
+        save_file(tensors, partial)
         partial.replace(file)
+        self.write("diagnosis.json", summary)
 
     def finish(self) -> None:
         """Mark the run as complete, and drop the checkpoints, which are three times as large as the model."""
@@ -124,9 +197,7 @@ class Run:
         if self.metrics.is_file():
             lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]  # without a line that was cut off
             kept = [line for line in lines if json.loads(line)["step"] <= steps]
-            partial = self.metrics.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            partial.replace(self.metrics)
+            _replace(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def last_metrics(self) -> dict[str, Any]:
         """The line of the last step; empty before the first."""
@@ -137,6 +208,20 @@ class Run:
         """Add a step's line."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"run folder {path} has a name that is not UTF-8, to which safetensors cannot write") from None
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = file.with_suffix(PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def _resumable(config: dict[str, Any]) -> bool:

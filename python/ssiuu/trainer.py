@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 import ssiuu_kernels as sk
+from ssiuu_kernels.log_probs import IGNORE_INDEX
 from ssiuu_kernels.loss import ONE_BACKWARD, TWO_BACKWARD
+from ssiuu_kernels.objectives import Objective, resolve_objective
 
-from .methods import Method, OptimizerOptions, check_update_in_backward
+from .methods import Method, OptimizerOptions, check_update_in_backward, plain_adamw
 from .prompts import Encoded, PromptFormat
 from .recorder import Recorder, StepRecord, check_finite
 
 logger = logging.getLogger(__name__)
+
+# What launchers set, and what accelerate reads.
+PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def refuse_launchers() -> None:
+    """Raise a ValueError where the environment speaks of more processes: accelerate would wait for them for ever."""
+    for name in PROCESS_COUNTS:
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise ValueError(
+                f"{name}={os.environ[name]} in the environment; expected one process (gP is not summed over ranks): "
+                f"start it without torchrun, mpirun or accelerate launch, or unset {name}"
+            )
 
 
 class MicroBatch(NamedTuple):
@@ -54,6 +71,15 @@ class Schedule(Dataset):
             batch.forget.extend([forget] * number)
         return batch
 
+    def tokens(self, batches: range, forget: bool | None = None) -> int:
+        """Answer tokens of the forget samples, of the others, or (None) of all in these micro-batches."""
+        return sum(
+            len(sample.answer)
+            for batch in map(self.__getitem__, batches)
+            for sample, forgotten in zip(batch.samples, batch.forget, strict=True)
+            if forget is None or forgotten == forget
+        )
+
 
 def _order(size: int, length: int, seed: int) -> list[int]:
     generator, order = random.Random(seed), []
@@ -75,7 +101,14 @@ def training_arguments(
     weight_decay: float = 0.0,
 ) -> TrainingArguments:
     """The Trainer's arguments that all runs share: constant learning rate, no clipping, one micro-batch an item."""
-    memory = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    refuse_launchers()
+    # accelerate keeps the precision of a process's last run, or of its launcher, for the next one.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # Its name from transformers 6 on, which 5 knows already.
+    known = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    memory = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=1,
@@ -97,6 +130,14 @@ def training_arguments(
         bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
         **(memory if gradient_checkpointing else {}),
+    )
+
+
+def say_rounding() -> None:
+    """Log what bfloat16 weights mean for the optimizer."""
+    logger.warning(
+        "bfloat16 weights are rounded stochastically: rounding to the nearest would drop almost every update at these "
+        "learning rates (--dtype float32 with --bf16 keeps float32 weights)"
     )
 
 
@@ -123,7 +164,7 @@ class RecordedTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)
         self.prompts = prompts
         super().__init__(model=model, args=args, train_dataset=schedule, data_collator=self._collate)
-        # The losses below are means over the micro-batch: the Trainer is to divide them by their number.
+        # The Trainer is to divide losses by the number of micro-batches, which they are multiplied by below.
         self.model_accepts_loss_kwargs = False
         self.add_callback(Recorder(self, record))
         self.remove_callback(PrinterCallback)
@@ -135,10 +176,32 @@ class RecordedTrainer(Trainer):
     def _get_train_sampler(self, *_) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The Trainer's AdamW, or one that rounds bfloat16 weights as they need."""
+        if self.optimizer is None:
+            params = [param for param in self.model.parameters() if param.requires_grad]
+            if any(param.dtype == torch.bfloat16 for param in params):
+                say_rounding()
+                rates = self.args.learning_rate, self.args.weight_decay
+                options = OptimizerOptions(*rates, 0.0, None, stochastic_rounding=True, seed=self.args.seed)
+                self.optimizer = plain_adamw(params, options)
+        return super().create_optimizer()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean negative log-likelihood of the answer tokens."""
+        """The mean negative log-likelihood of the answer tokens of the whole step, this micro-batch's part."""
         output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=inputs["labels"])
-        return (output.loss, output) if return_outputs else output.loss
+        tokens = int((inputs["labels"] != IGNORE_INDEX).sum())
+        loss = output.loss * (tokens / self.mean_tokens())
+        return (loss, output) if return_outputs else loss
+
+    def mean_tokens(self, forget: bool | None = None) -> float:
+        """Answer tokens of these samples (see `Schedule.tokens`) in the present step, per micro-batch.
+
+        Means over a micro-batch would let its tokens count by how few they are.
+        """
+        number = self.args.gradient_accumulation_steps
+        first = self.state.global_step * number
+        return self.train_dataset.tokens(range(first, first + number), forget) / number
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -193,6 +256,8 @@ class UnlearnTrainer(RecordedTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             params = [param for param in self.model.parameters() if param.requires_grad]
+            if self.options.stochastic_rounding:
+                say_rounding()
             # Kept beside the Trainer's, which accelerate will wrap.
             self.unlearning_optimizer = self.optimizer = self.method.optimizer(params, self.options)
         return self.optimizer
@@ -201,11 +266,22 @@ class UnlearnTrainer(RecordedTrainer):
         """The backbone's loss; its backward fills the target gradient too where the method needs it."""
         output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         target = self.target if self.method.penalised else None
-        loss = self.handle.unlearning_loss(
-            output.logits, inputs["labels"], inputs["forget"], self.method.objective, target
-        )
+        loss = self.handle.unlearning_loss(output.logits, inputs["labels"], inputs["forget"], self._objective(), target)
         self._warn_of_second_backward()
         return (loss, output) if return_outputs else loss
+
+    def _objective(self) -> str | Objective:
+        if self.args.gradient_accumulation_steps == 1:
+            return self.method.objective
+        compute = resolve_objective(self.method.objective)
+        forget_tokens, other_tokens = self.mean_tokens(True), self.mean_tokens(False)
+
+        def of_the_step(log_probs: Tensor, lengths: Tensor, forget: Tensor) -> Tensor:
+            # Means over tokens divide by the chosen lengths' sum, which is thereby the step's.
+            scale = torch.where(forget, forget_tokens / lengths[forget].sum(), other_tokens / lengths[~forget].sum())
+            return compute(log_probs, lengths * scale, forget)
+
+        return of_the_step
 
     def _warn_of_second_backward(self) -> None:
         if self.expects_one_backward and self.handle.path.engine == TWO_BACKWARD:

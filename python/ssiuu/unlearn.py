@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
@@ -15,17 +16,23 @@ from ssiuu_kernels.loss import ENGINES, ONE_BACKWARD
 
 from .evaluate import evaluate_sets, evaluate_split
 from .facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
-from .methods import OptimizerOptions, check_update_in_backward, get_method
-from .metrics import known_facts, score_facts
-from .models import load_model
+from .methods import (
+    OptimizerOptions,
+    check_learning_rate,
+    check_update_in_backward,
+    check_weights_dtype,
+    get_method,
+)
+from .metrics import chance, known_facts, score_facts
+from .models import load_model, position_limit
 from .progress import job
 from .prompts import PromptFormat
 from .recorder import StepRecord
 from .runs import Run
-from .trainer import Schedule, UnlearnTrainer, training_arguments
+from .trainer import Schedule, UnlearnTrainer, refuse_launchers, training_arguments
 
-# The paper's early stop: chance among three options, or the retrained model's ROUGE-L recall on TOFU.
-CHOICE_THRESHOLD, ROUGE_THRESHOLD = 1 / 3, 0.1971
+# The paper's early stop without options, the retrained model's ROUGE-L recall on TOFU; with options it is chance.
+ROUGE_THRESHOLD = 0.1971
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class UnlearnOptions:
         forget_batch, retain_batch: facts of each set in a micro-batch; 0 takes the whole forget set, and for retain as
             many as for forget.
         accumulate: micro-batches a step.
-        threshold: stop when FS is at or below it; None means 1/3 with options and 0.1971 (ROUGE-L recall) without.
+        threshold: stop when FS is at or below it; None means chance among the facts' options (1/3 with two false
+            ones), and 0.1971 (ROUGE-L recall) without options.
         evaluate_every, save_every: in steps; save_every 0 keeps no checkpoint.
         evaluation_facts: retain facts scored along the way, at most.
         dtype, bf16, gradient_checkpointing: precision of the weights, autocast, memory.
@@ -91,6 +99,7 @@ class UnlearnOptions:
         """Raise a ValueError for what can be known to be wrong before a model is loaded."""
         method = get_method(self.method)
         check_target(self.target)
+        check_weights_dtype(self.dtype)
         if self.engine not in ENGINES:
             raise ValueError(f"engine={self.engine!r} is unknown; expected one of {', '.join(ENGINES)}")
         if (self.facts is None) != (self.forget is not None and self.retain is not None):
@@ -99,10 +108,11 @@ class UnlearnOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         for name in ("forget_batch", "retain_batch", "save_every", "penalty_weight", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 0")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate}; expected a positive number")
+        check_learning_rate(self.learning_rate)
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise ValueError("threshold=nan, at or below which no score is; expected a number")
         if self.update_in_backward:
             check_update_in_backward(method, self.accumulate)
 
@@ -118,38 +128,43 @@ def unlearn(
 
     Args:
         options: see `UnlearnOptions`.
-        run_dir: a folder that does not exist yet, or (resume) the one of an interrupted run.
+        run_dir: a new or an empty folder, or (resume) the one of an interrupted run.
         resume: continue an interrupted run; on the CPU it ends with the very same weights.
         split: sets that were chosen beforehand, instead of `options.facts`.
 
     Raises:
-        ValueError: bad options or data, before any model is loaded; the folder exists.
-        DivergedError: a loss or gradient that is no number; the run can be resumed from its last checkpoint.
+        ValueError: bad options or data, before any model is loaded; the folder holds something, or another process is
+            at work in it; a fact that does not fit the model.
+        OSError: a folder that cannot be written to, before any model is loaded; a full disk.
+        DivergedError: a loss or gradient that is not finite; the run can be resumed from its last checkpoint.
     """
     options.check()
+    refuse_launchers()
     chosen = split or choose_split(options)
     config = _config(options)
-    run = Run.claim(run_dir, config, resume)
-    set_seed(options.seed)
-    model, tokenizer = load_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-    prompts = PromptFormat(tokenizer, options.shots)
-    with sk.patch(model, scope="all", engine=options.engine) as handle:
+    with Run.claim(run_dir, config, resume) as run:
+        set_seed(options.seed)
+        model, tokenizer = load_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+        prompts = PromptFormat(tokenizer, options.shots, position_limit(model))
         if resume and (run.path / "split.json").is_file():
             chosen = run.split()
         elif options.known_probability is not None and split is None:
             chosen = _known(model, prompts, chosen, options.known_probability)
         schedule = _schedule(prompts, chosen, options)
-        run.start(config)
-        run.write_split(chosen)
-        before = run.read("evaluation.json")["before"] if _evaluated(run) else evaluate_split(model, prompts, chosen)
-        run.write("evaluation.json", {"before": before})
-        _train(model, handle, prompts, schedule, chosen, options, run)
-        after = evaluate_split(model, prompts, chosen)
-    run.write("evaluation.json", {"before": before, "after": after})
-    model.save_pretrained(run.model)
-    tokenizer.save_pretrained(run.model)
-    run.finish()
-    return run
+        for facts in chosen:
+            prompts.encode_options(facts)  # refuses what does not fit the model, before anything is written
+        with sk.patch(model, scope="all", engine=options.engine) as handle:
+            run.start(config)
+            run.write_split(chosen)
+            if not (run.path / "evaluation.json").is_file():
+                run.write("evaluation.json", {"before": evaluate_split(model, prompts, chosen, name="score before")})
+            _train(model, handle, prompts, schedule, chosen, options, run)
+            after = evaluate_split(model, prompts, chosen, name="score after")
+        run.write("evaluation.json", {"before": run.read("evaluation.json")["before"], "after": after})
+        model.save_pretrained(run.model)
+        tokenizer.save_pretrained(run.model)
+        run.finish()
+        return run
 
 
 def choose_split(options: UnlearnOptions) -> Split:
@@ -167,11 +182,8 @@ def _config(options: UnlearnOptions) -> dict:
     config = asdict(options)
     if not get_method(options.method).penalised:
         config |= {"penalty_weight": None, "penalty_share": None, "target": None, "engine": None}
-    return config
-
-
-def _evaluated(run: Run) -> bool:
-    return (run.path / "evaluation.json").is_file()
+    # Kept, since runs of versions before it were not rounded so, and go on as they began.
+    return config | {"stochastic_rounding": options.dtype == "bfloat16"}
 
 
 def _known(model: PreTrainedModel, prompts: PromptFormat, split: Split, least: float) -> Split:
@@ -205,7 +217,7 @@ def _train(
 ) -> None:
     threshold = options.threshold
     if threshold is None:
-        threshold = CHOICE_THRESHOLD if all_have_options(split.forget) else ROUGE_THRESHOLD
+        threshold = chance(split.forget) if all_have_options(split.forget) else ROUGE_THRESHOLD
     watched = _sample(split.retain, options.evaluation_facts, options.seed)
     arguments = training_arguments(
         run.checkpoints,
@@ -237,7 +249,7 @@ def _train(
         )
         trainer = UnlearnTrainer(
             model, arguments, schedule, prompts, record, handle=handle,
-            method=get_method(options.method), options=_optimizer_options(options), target=options.target,
+            method=get_method(options.method), options=_optimizer_options(options, run), target=options.target,
         )  # fmt: skip
         if "fs" in last and stop(last):
             trainer._load_from_checkpoint(str(checkpoint))  # the run was killed between its last step and its end
@@ -245,8 +257,9 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _optimizer_options(options: UnlearnOptions) -> OptimizerOptions:
-    return OptimizerOptions(**{field.name: getattr(options, field.name) for field in fields(OptimizerOptions)})
+def _optimizer_options(options: UnlearnOptions, run: Run) -> OptimizerOptions:
+    given = {name: value for name, value in asdict(options).items() if name in OptimizerOptions.__dataclass_fields__}
+    return OptimizerOptions(**given, stochastic_rounding=run.read("config.json").get("stochastic_rounding", False))
 
 
 def _sample(facts: Sequence[Fact], number: int, seed: int) -> list[Fact]:

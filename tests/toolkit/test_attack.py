@@ -10,8 +10,12 @@ from safetensors.torch import load_file
 from ssiuu import attack
 from ssiuu.attack import Attack, attack_grid, attack_run
 from ssiuu.evaluate import evaluate_run
+from ssiuu.facts import Split
 from ssiuu.finetune import finetune
+from ssiuu.models import load_model
+from ssiuu.prompts import PromptFormat
 from ssiuu.unlearn import UnlearnOptions, unlearn
+from tests.toolkit.small_runs import KilledError, kill_after, lines
 
 
 @pytest.fixture
@@ -99,6 +103,47 @@ def test_finetuning_teaches_the_facts(model_dir, facts_file, tmp_path):
     assert found["after"]["retain_probability"] > 3 * found["before"]["retain_probability"]
 
 
+def test_finetuning_teaches_where_an_answer_ends(model_dir, facts_file, tmp_path):
+    run = finetune(tmp_path / "taught", model=str(model_dir), facts=str(facts_file), steps=60, learning_rate=1e-2)
+    model, tokenizer = load_model(run.model)
+    prompts = PromptFormat(tokenizer, 0)
+    (sample,) = prompts.encode_prompts([prompts.question("where ann born")])
+    output = model.generate(torch.tensor([sample.prompt]), do_sample=False, max_new_tokens=10)[0, len(sample.prompt) :]
+    assert output[1] == tokenizer.eos_token_id  # after one word of an answer
+
+
+def test_finetuning_begins_again_what_was_broken_off(model_dir, facts_file, tmp_path, monkeypatch):
+    arguments = {"model": str(model_dir), "facts": str(facts_file), "steps": 2}
+    with monkeypatch.context() as patched:
+        kill_after(patched, 1)
+        with pytest.raises(KilledError):
+            finetune(tmp_path / "taught", **arguments)
+    run = finetune(tmp_path / "taught", **arguments)
+    assert [line["step"] for line in lines(run)] == [1, 2]
+
+
+@pytest.mark.parametrize("status", ["running", "complete"])
+def test_finetuning_begins_no_other_run_again(tmp_path, facts_file, status):
+    method = "finetune" if status == "complete" else "gd"
+    (tmp_path / "config.json").write_text(json.dumps({"status": status, "method": method}))
+    with pytest.raises(ValueError, match=r"exists; choose another$"):
+        finetune(tmp_path, facts=str(facts_file))
+
+
+@pytest.mark.parametrize("refused", [
+    (1, HARMFUL, "the run has one forget fact, .*; use --kind benign"),
+    (3, replace(HARMFUL, fraction=0.9), "fraction=0.9 of 3 forget facts is all of them"),
+    (3, Attack("benign", None, 1e-3, instructions="none.jsonl"), "none.jsonl does not exist"),
+], ids=["one fact", "all facts", "no data"])  # fmt: skip
+def test_attacks_without_data_are_refused_before_any_of_them(model_dir, facts, tmp_path, monkeypatch, refused):
+    number, bad, message = refused
+    options = UnlearnOptions(model=str(model_dir), shots=0, max_steps=1, save_every=0)
+    run = unlearn(options, tmp_path / "run", split=Split(facts[:number], facts[6:9], []))
+    monkeypatch.setattr(attack, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        attack_run(run.path, [replace(HARMFUL, fraction=0.1), bad] if number > 1 else [bad])
+
+
 def test_each_forget_fact_is_scored_once_an_evaluation(run, monkeypatch):
     scored, score_facts = [], attack.score_facts
 
@@ -113,6 +158,7 @@ def test_each_forget_fact_is_scored_once_an_evaluation(run, monkeypatch):
 
 def test_finetuning_does_not_speak_of_resuming(model_dir, facts_file, tmp_path):
     (tmp_path / "taught").mkdir()
+    (tmp_path / "taught" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"exists; choose another$"):
         finetune(tmp_path / "taught", model=str(model_dir), facts=str(facts_file))
 

@@ -1,18 +1,30 @@
 """The command line, as a user meets it."""
 
 import json
+import os
+import re
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from ssiuu.cli import app
+from tests.toolkit.run_folders import write_run
 
 COMMANDS = ("demo", "finetune", "unlearn", "attack", "diagnose", "evaluate", "report", "env")
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def run(*arguments, charset="utf-8"):
+    return CliRunner(charset=charset).invoke(app, [str(argument) for argument in arguments])
+
+
+def raising(error):
+    """A function that fails with this, whatever it is given."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -35,6 +47,99 @@ def test_a_refusal_is_one_line_with_status_2(tmp_path):
     result = run("unlearn", "--method", "magic", "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert result.output.strip().splitlines() == ["ssiuu: method='magic' is unknown; expected one of gd, ssiuu"]
+
+
+FAILURES = {
+    "a defect": (KeyError("fs"), "ssiuu: KeyError: 'fs' (SSIUU_TRACEBACK=1 shows where)"),
+    "a missing package": (
+        ModuleNotFoundError("No module named 'rouge_score'", name="rouge_score"),
+        "ssiuu: No module named 'rouge_score'; install the package rouge_score",
+    ),
+    "a full disk": (
+        OSError(28, "No space left on device"),
+        "ssiuu: the disk is full ([Errno 28] No space left on device); free some space, and give the command again "
+        "(ssiuu unlearn: with --resume)",
+    ),
+    "many lines": (ValueError("one\n  two\nthree"), "ssiuu: one two three"),
+    "memory": (MemoryError("cannot allocate"), "ssiuu: MemoryError: cannot allocate (SSIUU_TRACEBACK=1 shows where)"),
+}
+
+
+@pytest.mark.parametrize(("error", "line"), FAILURES.values(), ids=FAILURES)
+def test_whatever_fails_is_one_line_with_status_2(monkeypatch, tmp_path, error, line):
+    monkeypatch.setattr("ssiuu.report.write_report", raising(error))
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert result.output.splitlines() == [line]
+
+
+def test_a_defect_shows_where_on_request(monkeypatch, tmp_path):
+    monkeypatch.setattr("ssiuu.report.write_report", raising(KeyError("fs")))
+    monkeypatch.setenv("SSIUU_TRACEBACK", "1")
+    assert isinstance(run("report", tmp_path).exception, KeyError)
+
+
+def test_an_interrupt_is_one_line_too(monkeypatch, tmp_path):
+    monkeypatch.setattr("ssiuu.report.write_report", raising(KeyboardInterrupt()))
+    result = run("report", tmp_path)
+    assert result.exit_code == 130
+    assert result.output.startswith("ssiuu: interrupted; ")
+
+
+@pytest.mark.parametrize("charset", ["latin-1", "ascii"])
+def test_a_terminal_without_an_arrow(tmp_path, charset):
+    folder = write_run(tmp_path / "läufe" / "ein Läuf → zwei", "gd")
+    result = run("report", folder, folder, "--out", tmp_path / "report → ü", charset=charset)
+    assert result.exit_code == 0, result.output
+    assert "1.00 -> 0.33" in result.output
+    assert "zwei" in result.output
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    folder = write_run(tmp_path / os.fsdecode(b"caf\xe9"), "gd")
+    for arguments in (("report", folder), ("finetune", "--out", tmp_path / os.fsdecode(b"caf\xe9-2"))):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert re.search(r"^ssiuu: run folder .*caf\?.* has a name that is not UTF-8", result.output)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("command", ["unlearn", "finetune", "attack"])
+def test_an_environment_of_more_processes_is_refused(monkeypatch, tmp_path, name, command):
+    monkeypatch.setenv(name, "2")
+    result = run(command, *([tmp_path] if command == "attack" else ["--out", tmp_path / "run"]))
+    assert result.exit_code == 2
+    assert result.output.startswith(f"ssiuu: {name}=2 in the environment; expected one process")
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_in_square_brackets(model_dir, facts_file, tmp_path):
+    folder = tmp_path / "[red]runs[/]" / "[bold]x$y_1$[/bold]"
+    common = ("--model", model_dir, "--facts", facts_file)
+    steps = [
+        (
+            "unlearn",
+            *common,
+            "--forget-people",
+            2,
+            "--retain-people",
+            3,
+            "--shots",
+            0,
+            "--max-steps",
+            1,
+            "--out",
+            folder,
+        ),
+        ("attack", folder, "--kind", "harmful", "--fraction", 0.3, "--learning-rate", 1e-3, "--steps", 1),
+        ("report", folder, folder, "--out", tmp_path / "[/red]report"),
+    ]
+    for step in steps:
+        result = run(*step)
+        assert result.exit_code == 0, result.output
+    assert f"({folder.name})" in result.output.replace("\n", "")
+    assert f"attack {folder.name}" in run(*steps[1]).output
+    assert (tmp_path / "[/red]report" / "report.html").is_file()
 
 
 def test_one_run_through_all_commands(model_dir, facts_file, tmp_path):

@@ -42,6 +42,15 @@ def test_another_folder_is_refused(tmp_path):
         run_demo(tmp_path)
 
 
+@pytest.mark.parametrize("made", [(), ("gd",), ("gd", "report")])
+def test_a_folder_that_is_empty_or_was_begun_is_taken(tmp_path, monkeypatch, made):
+    for name in made:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(demo, "_split", lambda *_: (_ for _ in ()).throw(RuntimeError("begun")))
+    with pytest.raises(RuntimeError, match="begun"):
+        run_demo(tmp_path)
+
+
 @pytest.fixture
 def tiny_demo(model_dir, tmp_path, monkeypatch):
     """Runs the demonstration on a tiny model, which is taken to know whatever it is asked."""

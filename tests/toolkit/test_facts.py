@@ -1,5 +1,6 @@
 """Loading, validating and splitting facts; the embedded sets."""
 
+import gzip
 import json
 
 import pytest
@@ -46,7 +47,7 @@ def test_rows_without_options_or_subject(tmp_path):
 
 MALFORMED = {
     "not JSON": ("{oops", "line 2 is not JSON"),
-    "an empty line": ("", "line 2 is empty"),
+    "an empty line": ("\n" + json.dumps(GOOD), "line 2 is empty"),
     "no object": ([1], "line 2 is a list"),
     "no question": ({"answer": "a"}, "line 2, field 'question'"),
     "blank answer": ({**GOOD, "answer": " "}, "line 2, field 'answer'"),
@@ -54,6 +55,13 @@ MALFORMED = {
     "true option among the false": ({**GOOD, "false_options": ["a"]}, "line 2, field 'false_options' contains"),
     "no options unlike the first row": ({**GOOD, "false_options": []}, "line 2, field 'false_options' is .* unlike"),
     "subject as number": ({**GOOD, "subject": 3}, "line 2, field 'subject'"),
+    "half a surrogate pair": ({**GOOD, "question": "q\ud83d"}, "line 2, field 'question' has half of a surrogate pair"),
+    "half of one in an option": ({**GOOD, "false_options": ["\ud83d"]}, "line 2, field 'false_options' has half"),
+    "half of one in a subject": ({**GOOD, "subject": "\ud83d"}, "line 2, field 'subject' has half"),
+    "the true option otherwise composed": (
+        {**GOOD, "answer": "\u00fc", "false_options": ["u\u0308 "]},
+        "line 2, field 'false_options' contains the answer",
+    ),
 }
 
 
@@ -61,6 +69,65 @@ MALFORMED = {
 def test_malformed_rows_are_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=r"f\.jsonl, " + message):
         load_facts(write(tmp_path / "f.jsonl", GOOD, row))
+
+
+def test_blank_lines_at_the_end_are_nothing(tmp_path):
+    assert len(load_facts(write(tmp_path / "f.jsonl", GOOD, "", "  "))) == 1
+
+
+def test_a_json_array(tmp_path):
+    (tmp_path / "f.json").write_text(json.dumps([GOOD, GOOD], indent=1))
+    assert len(load_facts(tmp_path / "f.json")) == 2
+    (tmp_path / "f.json").write_text(json.dumps([GOOD, {"question": "q"}]))
+    with pytest.raises(ValueError, match=r"f\.json, row 2, field 'answer'"):
+        load_facts(tmp_path / "f.json")
+    (tmp_path / "f.json").write_text("[")
+    with pytest.raises(ValueError, match=r"f\.json begins with '\[' and is not a JSON array"):
+        load_facts(tmp_path / "f.json")
+
+
+def test_an_answer_without_a_word_needs_options(tmp_path):
+    with pytest.raises(ValueError, match=r"line 1, field 'answer' is '\+\+', without a letter or digit"):
+        load_facts(write(tmp_path / "f.jsonl", {"question": "q", "answer": "++"}))
+    assert load_facts(write(tmp_path / "f.jsonl", {**GOOD, "answer": "++"}))
+
+
+PACKED = {
+    "gzip": gzip.compress(b"{}"),
+    "parquet": b"PAR1 and more",
+    "zip": b"PK\x03\x04",
+    "zstandard": b"\x28\xb5\x2f\xfd",
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("load", [load_facts, load_instructions])
+def test_packed_files_are_named(tmp_path, kind, load):
+    (tmp_path / "f.jsonl").write_bytes(PACKED[kind])
+    with pytest.raises(ValueError, match=rf"f\.jsonl is a {kind} file; expected JSON Lines .*: convert it first"):
+        load(tmp_path / "f.jsonl")
+
+
+@pytest.mark.parametrize("load", [load_facts, load_instructions])
+def test_a_folder_is_named(tmp_path, load):
+    with pytest.raises(ValueError, match=r"is a folder; expected a \.jsonl file in it"):
+        load(tmp_path)
+
+
+def test_instructions_without_an_output_are_skipped_and_counted(tmp_path, caplog):
+    rows = [{"instruction": "say", "output": output} for output in ("yes", "", "no", " ")]
+    assert len(load_instructions(write(tmp_path / "i.jsonl", *rows))) == 2
+    (said,) = (record.message for record in caplog.records)
+    assert said == f"2 of 4 rows of {tmp_path / 'i.jsonl'} have an empty output; skipped"
+    with pytest.raises(ValueError, match="has no rows with an output"):
+        load_instructions(write(tmp_path / "i.jsonl", rows[1]))
+
+
+@pytest.mark.parametrize("field", ["instruction", "input", "output"])
+def test_half_a_surrogate_pair_in_instructions(tmp_path, field):
+    row = {"instruction": "say", "input": "it", "output": "yes"}
+    with pytest.raises(ValueError, match=rf"i\.jsonl, line 1, field '{field}' has half of a surrogate pair"):
+        load_instructions(write(tmp_path / "i.jsonl", {**row, field: "x\ud83d"}))
 
 
 def test_an_empty_file(tmp_path):

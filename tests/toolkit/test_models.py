@@ -3,12 +3,21 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from ssiuu import models
-from ssiuu.models import load_model
+from ssiuu.attack import Attack, attack_run
+from ssiuu.diagnose import diagnose_runs
+from ssiuu.evaluate import evaluate_run
+from ssiuu.finetune import finetune
+from ssiuu.metrics import score_facts
+from ssiuu.models import load_model, position_limit
+from ssiuu.prompts import PromptFormat
+from ssiuu.unlearn import unlearn
 
 
 def test_a_folder(model_dir):
@@ -60,6 +69,127 @@ def test_the_packaged_model_knows_the_capital_of_france():
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+LIMITS = {
+    "gpt2": (transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=12), 12),
+    "opt": (
+        transformers.OPTConfig(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, word_embed_proj_dim=8,
+            max_position_embeddings=12,
+        ),
+        12,
+    ),
+    "roberta": (
+        transformers.RobertaConfig(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+            max_position_embeddings=12, is_decoder=True,
+        ),
+        10,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "limit"), LIMITS.values(), ids=LIMITS)
+def test_learned_positions_are_a_limit(config, limit):
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert position_limit(model) == limit
+    with torch.no_grad():
+        model(input_ids=torch.full((1, limit), 3))
+        with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+            model(input_ids=torch.full((1, limit + 1), 3))
+
+
+def test_positions_of_a_picture_are_no_limit(loaded):
+    loaded[0].vision_tower = torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(3, 2)})
+    assert position_limit(loaded[0]) is None
+
+
+def test_rotary_positions_are_none(loaded):
+    assert position_limit(loaded[0]) is None
+
+
+def test_a_pad_token_that_the_model_has_no_row_for(model_dir, tmp_path, facts):
+    folder = changed_config(model_dir, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = load_model(folder)
+    plain = load_model(model_dir)
+    found, expected = (score_facts(m, PromptFormat(t, 0), facts) for m, t in ((model, tokenizer), plain))
+    assert torch.equal(found.margin, expected.margin)
+
+
+def test_a_model_that_needs_a_package(model_dir, monkeypatch):
+    def need(*_, **__):
+        raise ImportError("the SentencePiece library was not found")
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", need)
+    with pytest.raises(ValueError, match=f"model {model_dir} needs a package: the SentencePiece library"):
+        load_model(model_dir)
+
+
+CONTRADICTORY = {"do_sample": False, "temperature": 0.6, "top_p": 0.9}
+
+
+def refuse_contradictions(config, folder, **_):
+    """What transformers 4 does."""
+    if config.temperature not in (None, 1.0) and not config.do_sample:
+        raise ValueError("`temperature` is set to 0.6, but `do_sample` is False")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["as it is", "as transformers 4"])
+def test_a_generation_config_that_cannot_be_saved_ends_no_run(options, model_dir, tmp_path, monkeypatch, caplog, old):
+    folder = changed_config(model_dir, tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({**CONTRADICTORY, "eos_token_id": [1, 2]}))
+    if old:
+        monkeypatch.setattr(transformers.GenerationConfig, "save_pretrained", refuse_contradictions)
+    run = unlearn(replace(options, model=str(folder), max_steps=2, save_every=1), tmp_path / "run")
+    assert run.read("config.json")["status"] == "complete"
+    model, _ = load_model(folder)
+    assert model.generation_config.eos_token_id == [1, 2]
+    said = [record.message for record in caplog.records if "cannot be saved" in record.message]
+    assert bool(said) == old or transformers.__version__.startswith("4.")
+
+
+def test_a_packaged_model_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, loaded):
+    monkeypatch.setenv("SSIUU_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "_packaged_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded[0])
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        models.packaged_model()
+    assert list(tmp_path.iterdir()) == []
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_goes_through_all_commands(options, model_dir, facts_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    codes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    folder = changed_config(model_dir, tmp_path, model_type="own", architectures=["OwnModel"], auto_map=codes)
+    (folder / "own.py").write_text(REMOTE)
+    common = {"model": str(folder), "trust_remote_code": True}
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_model(folder)
+    taught = finetune(tmp_path / "taught", facts=str(facts_file), steps=1, **common)
+    run = unlearn(replace(options, max_steps=1, **{**common, "model": str(taught.model)}), tmp_path / "run")
+    assert len(attack_run(run.path, [Attack("harmful", 0.3, 1e-3, steps=1)])) == 1
+    assert evaluate_run(run.path)["after"]
+    assert diagnose_runs([run.path])
 
 
 def test_a_hub_name_out_of_reach(monkeypatch):

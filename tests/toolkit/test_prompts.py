@@ -23,8 +23,9 @@ def test_padding_is_masked_and_unlabelled(loaded):
 
 def test_all_facts_share_the_examples(loaded):
     prompts = PromptFormat(loaded[1], 2)
+    examples = loaded[1](prompts.examples).input_ids
     for question in ("where ann born", "where bob lives"):
-        assert prompts.encode(question, "rome").prompt[: len(prompts.prefix)] == prompts.prefix
+        assert prompts.encode(question, "rome").prompt[: len(examples)] == examples
 
 
 def test_an_answer_without_tokens(loaded):

@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from ssiuu import unlearn as unlearn_module
+from ssiuu.facts import Fact, Split
+from ssiuu.metrics import chance
 from ssiuu.prompts import PromptFormat
 from ssiuu.recorder import DivergedError, StepRecord
 from ssiuu.runs import Run
@@ -140,8 +144,57 @@ def test_a_refused_model_leaves_no_folder(options, tmp_path):
 
 def test_an_existing_folder_is_refused(options, tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="exists; choose another"):
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"exists; choose another$"):
         unlearn(options, tmp_path / "run")
+
+
+def test_a_folder_made_beforehand_is_taken(options, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert unlearn(replace(options, max_steps=1), tmp_path / "run").read("config.json")["status"] == "complete"
+
+
+def test_an_unfinished_run_is_not_begun_again_unasked(options, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        kill_after(patched, 1)
+        with pytest.raises(KilledError):
+            unlearn(options, tmp_path / "run")
+    with pytest.raises(ValueError, match="exists; choose another, or continue it with --resume"):
+        unlearn(options, tmp_path / "run")
+
+
+@pytest.mark.parametrize("false_options", [1, 2, 5])
+def test_the_default_threshold_is_chance(options, facts, tmp_path, monkeypatch, false_options):
+    facts = [replace(fact, false_options=tuple(f"no {i}" for i in range(false_options))) for fact in facts]
+    assert chance(facts) == 1 / (1 + false_options)
+    split, scores = (
+        Split(facts[:2], facts[2:4], []),
+        iter([1.0, 1 / (1 + false_options) + 1e-9, 1 / (1 + false_options)]),
+    )
+    monkeypatch.setattr(unlearn_module, "evaluate_sets", lambda *_: {"fs": next(scores)})
+    run = unlearn(replace(options, threshold=None, evaluate_every=1), tmp_path / "run", split=split)
+    assert len(lines(run)) == 3
+
+
+def test_chance_among_facts_with_different_numbers_of_options():
+    assert chance([Fact("q", "a", ("b",)), Fact("r", "a", ("b", "c", "d"))]) == 3 / 8
+
+
+def test_the_bar_moves_while_everything_is_scored_before_step_1(options, tmp_path, capsys):
+    unlearn(replace(options, max_steps=1), tmp_path / "run")
+    assert re.search(r"score before .*12/12.*\n(.*\n)*unlearn", capsys.readouterr().out)
+
+
+def test_a_fact_that_does_not_fit_the_model(options, tmp_path):
+    config = transformers.GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=2, n_positions=12)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(options.model).save_pretrained(tmp_path / "model")
+    facts = [Fact("where ann born", "rome"), Fact("where bob born " * 3, "oslo")]
+    with pytest.raises(ValueError, match="tokens with its examples, the model positions for 12"):
+        unlearn(
+            replace(options, model=str(tmp_path / "model")), tmp_path / "run", split=Split(facts[:1], facts[1:], [])
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_with_other_options_is_refused(options, tmp_path, monkeypatch):
@@ -183,6 +236,9 @@ BAD = {
         {"update_in_backward": True, "method": "gd"},
     ),
     "no steps": ("max_steps=0", {"max_steps": 0}),
+    "a learning rate that is not finite": ("learning_rate=nan", {"learning_rate": math.nan}),
+    "a weight that is not finite": ("penalty_weight=inf", {"penalty_weight": math.inf}),
+    "a threshold that nothing reaches": ("threshold=nan", {"threshold": math.nan}),
     "negative learning rate": ("learning_rate=-1", {"learning_rate": -1.0}),
     "facts and forget": ("either facts, or forget and retain", {"forget": "a.jsonl", "retain": "b.jsonl"}),
     "forget alone": ("either facts, or forget and retain", {"facts": None, "forget": "a.jsonl"}),

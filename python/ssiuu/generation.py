@@ -1,0 +1,98 @@
+"""Greedy continuations, whatever a model's own generation config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+
+from .prompts import PromptFormat
+
+NEW_TOKENS = 48  # at least; see `room_for`
+BATCH = 32
+
+
+def room_for(answers: Sequence[Sequence[int]], least: int = NEW_TOKENS) -> int:
+    """New tokens in which a model can write answers of these tokens in words of its own: half as many again."""
+    return max(least, max(map(len, answers)) * 3 // 2)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: PromptFormat,
+    texts: Sequence[str],
+    new_tokens: int = NEW_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Greedy continuation of each prompt, cut at the first line break.
+
+    Args:
+        new_tokens: at most.
+        progress: called with the number of texts done since the last call.
+
+    Raises:
+        ValueError: a prompt that leaves no position for an answer.
+    """
+    answers = []
+    encoded = prompts.encode_prompts(texts)
+    for start in range(0, len(texts), BATCH):
+        samples = encoded[start : start + BATCH]
+        batch = {name: tensor.to(model.device) for name, tensor in prompts.collate(samples, side="left").items()}
+        width = batch["input_ids"].shape[1]
+        room = new_tokens if prompts.longest is None else min(new_tokens, prompts.longest - width)
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {width} tokens fills the model's {prompts.longest} positions; use fewer --shots"
+            )
+        with _own_generation_config(model, prompts) as config:
+            output = model.generate(
+                batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                generation_config=config,
+                max_new_tokens=room,
+                stopping_criteria=[_FirstLineEnds(prompts, width)],
+            )
+        for text in _decode(prompts, output, width):
+            answers.append(text.strip().split("\n")[0])
+        if progress is not None:
+            progress(len(samples))
+    return answers
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel, prompts: PromptFormat) -> Iterator[GenerationConfig]:
+    """A greedy config that keeps nothing of the model's but its end tokens.
+
+    `generate` fills what a config leaves open (repetition_penalty, num_beams, ...) from the model's, so the model's is
+    put aside.
+    """
+    kept = model.generation_config
+    ends = set()
+    for tokens in (getattr(kept, "eos_token_id", None), prompts.tokenizer.eos_token_id):
+        ends |= set(tokens) if isinstance(tokens, list) else {tokens} - {None}
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=prompts.pad
+    )
+    try:
+        yield model.generation_config
+    finally:
+        model.generation_config = kept
+
+
+class _FirstLineEnds(StoppingCriteria):
+    """Ends a sample once its continuation has a line that is not empty: what follows would be cut."""
+
+    def __init__(self, prompts: PromptFormat, width: int):
+        self.prompts, self.width = prompts, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        done = ["\n" in text.lstrip() for text in _decode(self.prompts, input_ids, self.width)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _decode(prompts: PromptFormat, output: Tensor, width: int) -> list[str]:
+    return prompts.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
