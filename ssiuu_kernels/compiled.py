@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
+from torch._functorch import config
 
 _COMPILED = "CompiledFunctionBackward"
 _users, _before = 0, True
@@ -14,8 +14,8 @@ def keep_buffers() -> None:
     """From now on, compiled backwards do not write into what the forward saved: a second one needs it."""
     global _users, _before
     if not _users:
-        _before = torch._functorch.config.donated_buffer
-        torch._functorch.config.donated_buffer = False
+        _before = config.donated_buffer
+        config.donated_buffer = False
     _users += 1
 
 
@@ -24,7 +24,7 @@ def release_buffers() -> None:
     global _users
     _users -= 1
     if not _users:
-        torch._functorch.config.donated_buffer = _before
+        config.donated_buffer = _before
 
 
 def refuse_donated_buffers(nodes: Iterable) -> None:

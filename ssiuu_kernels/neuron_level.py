@@ -23,6 +23,7 @@ from .hidden import Form, ObservedHidden
 from .one_backward.graph import nodes_under, refuse_reentrant_checkpointing, rows_in_order
 from .one_backward.row_weights import Lead
 from .ops import NeuronPenalty
+from .ops.precision import LARGEST
 from .row_proof import RowProof
 
 
@@ -39,8 +40,8 @@ class NeuronLevel:
     """
 
     def __init__(self, weight: float | Tensor, samples: int):
-        if not isinstance(weight, Tensor) and not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"penalty_weight={weight}; expected a finite number >= 0")
+        if not isinstance(weight, Tensor) and not 0 <= weight <= LARGEST:
+            raise ValueError(f"penalty_weight={weight}; expected a finite number from 0 to {LARGEST:g}")
         if samples < 1:
             raise ValueError(f"forget_samples={samples}; expected the size of the forget set, at least 1")
         self.weight, self.samples = weight, samples

@@ -163,7 +163,8 @@ def _attention(edge: Edge, axis: Axis) -> Axis | None:
         return axis
     if edge.separates is None:
         return None
-    mask = _kept_tensor(getattr(edge.node, "_raw_saved_attn_mask", None))
+    names = ("_raw_saved_attn_mask", "_raw_saved_attn_bias")  # on the CPU, and on GPUs
+    mask = next((_kept_tensor(getattr(edge.node, name)) for name in names if hasattr(edge.node, name)), None)
     return axis if mask is not None and edge.separates(mask) else None
 
 

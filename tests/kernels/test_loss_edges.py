@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.one_backward import targets
@@ -103,26 +102,26 @@ def test_micro_batches_without_a_forget_sample_add_nothing_to_the_target():
     assert max(distances(found[2], found[1]).values()) <= 1e-12
 
 
-@pytest.mark.parametrize("forward", ["inputs_embeds", "input require grads"])
-def test_leaves_that_are_no_parameters_get_the_losss_gradient(forward):
-    model, batch = tiny_model("gpt2", torch.float64), tiny_batch()
+@pytest.mark.parametrize("given", ["inputs_embeds", "frozen embeddings"])
+def test_leaves_that_are_no_parameters_get_the_losss_gradient(given):
+    model, batch = tiny_model("gpt2" if given == "inputs_embeds" else "torch_llama", torch.float64), tiny_batch()
     found = {}
     for engine in ENGINES:
-        copied = copy.deepcopy(model)
+        copied, leaves = copy.deepcopy(model), []
         embeddings = copied.get_input_embeddings()
         handle = sk.patch(copied, scope="all", engine=engine)
-        leaf = embeddings(batch["input_ids"]).detach().requires_grad_()
-        if forward == "inputs_embeds":
-            logits = copied(inputs_embeds=leaf, attention_mask=batch["attention_mask"]).logits
-        else:  # as transformers' enable_input_require_grads, for PEFT
+        if given == "inputs_embeds":
+            leaves.append(embeddings(batch["input_ids"]).detach().requires_grad_())
+            logits = copied(inputs_embeds=leaves[0], attention_mask=batch["attention_mask"]).logits
+        else:  # as transformers' enable_input_require_grads, which PEFT and trl call
             embeddings.requires_grad_(False)
-            embeddings.register_forward_hook(lambda _module, _args, _y, leaf=leaf: leaf)
-            copied.lm_head = nn.Linear(32, 61, bias=False).double()
-            copied.lm_head.weight.data = model.lm_head.weight.data.clone()
+            embeddings.register_forward_hook(
+                lambda _module, _args, y, leaves=leaves: leaves.append(y.requires_grad_()) or y
+            )
             logits = logits_of(copied, batch)
         handle.unlearning_loss(logits, batch["labels"], FORGET, target=TARGET).backward()
-        assert handle.path.engine == engine or forward != "inputs_embeds", handle.path
-        found[engine] = leaf.grad
+        assert handle.path.engine == engine
+        found[engine] = leaves[0].grad
     assert torch.allclose(*found.values(), rtol=1e-9, atol=1e-14)
 
 
@@ -290,3 +289,65 @@ def test_wrong_arguments(error, message, changes, engine):
     arguments = {"logits": logits_of(model, batch), "labels": batch["labels"], "forget": FORGET, **changes}
     with pytest.raises(error, match=message):
         handle.unlearning_loss(**arguments)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_scaled_loss_is_refused_where_weights_are_updated_in_backward(engine):
+    model, batch = tiny_model("torch_llama"), tiny_batch()
+    handle = sk.patch(model, scope="all", engine=engine)
+    optimizer = sk.SsiuuAdamW(model.parameters(), update_in_backward=True)
+    before = copy.deepcopy(model.state_dict())
+    loss = handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET)
+    with pytest.raises(ValueError, match="the loss was multiplied by 65536"):
+        (loss * 65536.0).backward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET).backward()
+    optimizer.step()
+    assert not all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "update in backward"])
+def test_a_step_without_a_forget_sample_is_plain_adamw(in_backward, engine):
+    model, batch = tiny_model("torch_llama", torch.float64), tiny_batch()
+    plain = copy.deepcopy(model)
+    handle = sk.patch(model, scope="all", engine=engine)
+    optimizer = sk.SsiuuAdamW(model.parameters(), lr=1e-3, penalty_weight=10.0, update_in_backward=in_backward)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    nothing = torch.zeros(4, dtype=torch.bool)
+    for _ in range(3):
+        handle.unlearning_loss(logits_of(model, batch), batch["labels"], nothing).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lengths = (batch["labels"][:, 1:] != -100).sum()
+        (-sk.sequence_log_probs(logits_of(plain, batch), batch["labels"]).sum() / lengths).backward()
+        reference.step()
+        reference.zero_grad()
+    for param, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(param, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["loss", "step"])
+def test_more_than_one_process_is_refused(level, monkeypatch):
+    model, loss = prepared()
+    optimizer = sk.SsiuuAdamW(model.parameters())
+    loss.backward()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="2 processes; expected one"):
+        if level == "loss":
+            sk.patch(copy.deepcopy(model), scope="all").unlearning_loss(
+                logits_of(model, tiny_batch()), tiny_batch()["labels"], FORGET
+            )
+        else:
+            optimizer.step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_pickle_of_a_parameter_needs_nothing_of_this_package(tmp_path):
+    model, loss = prepared()
+    loss.backward()
+    torch.save(list(model.parameters()), tmp_path / "params.pt")
+    content = (tmp_path / "params.pt").read_bytes()
+    assert b"ssiuu" not in content

@@ -284,3 +284,29 @@ def test_a_step_that_was_given_up_leaves_nothing(engine, set_to_none):
     assert max(distances(again, once).values()) <= 1e-12
     (_, twice) = backward()
     assert max(distances(twice, {name: 2 * grad for name, grad in once.items()}).values()) <= 1e-12
+
+
+HOOKS = {
+    "backward hook": lambda module: module.register_full_backward_hook(
+        lambda _m, grads, _g: (grads[0].clamp(-1e-4, 1e-4),)
+    ),
+    "backward pre-hook": lambda module: module.register_full_backward_pre_hook(lambda _m, grads: (grads[0] * 2,)),
+    "forward hook": lambda module: module.register_forward_hook(lambda _m, _args, y: y * 2),
+    "in place on the output": lambda module: module.register_forward_hook(lambda _m, _args, y: y.add_(1).mul_(2)),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_hooks_on_modules(hook):
+    model = Model(nn.Sequential(Layer(), Layer())).double()
+    hook(model.inner[1].linear)
+    ids, _ = batch_of()
+    plain = copy.deepcopy(model)
+    RowForwards(model, None)
+    results = []
+    for each in (model, plain):
+        logits = each(ids)
+        logits.square().mean().backward()
+        results.append((logits.detach(), {name: param.grad for name, param in each.named_parameters()}))
+    assert_same_bits(*results)
+    engine_of(plain)
