@@ -17,7 +17,8 @@ BETA = 0.1  # of NPO and DPO, as in Zhang et al. 2024 (arXiv 2404.05868)
 
 def mean_token_log_prob(log_probs: Tensor, lengths: Tensor, chosen: Tensor) -> Tensor:
     """Mean log-probability per answer token over the chosen samples: long answers count by their tokens. 0 of none."""
-    return log_probs[chosen].sum() / lengths[chosen].sum().clamp(min=1)
+    tokens = lengths[chosen].sum()
+    return log_probs[chosen].sum() / torch.where(tokens == 0, 1, tokens)
 
 
 def gradient_ascent(log_probs: Tensor, lengths: Tensor, forget: Tensor) -> Tensor:

@@ -327,21 +327,21 @@ def test_a_step_without_a_forget_sample_is_plain_adamw(in_backward, engine):
         assert torch.allclose(param, wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("level", ["loss", "step"])
-def test_more_than_one_process_is_refused(level, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "step"])
+def test_more_than_one_process_is_refused(what, monkeypatch):
     model, loss = prepared()
-    optimizer = sk.SsiuuAdamW(model.parameters())
+    optimizer, batch = sk.SsiuuAdamW(model.parameters()), tiny_batch()
     loss.backward()
+    handle = sk.patch(copy.deepcopy(model), scope="all")
+    refused = {
+        "loss": lambda: handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET),
+        "step": optimizer.step,
+    }[what]
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="2 processes; expected one"):
-        if level == "loss":
-            sk.patch(copy.deepcopy(model), scope="all").unlearning_loss(
-                logits_of(model, tiny_batch()), tiny_batch()["labels"], FORGET
-            )
-        else:
-            optimizer.step()
+        refused()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
