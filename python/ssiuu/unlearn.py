@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, set_seed
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import check_target
 from ssiuu_kernels.loss import ENGINES, ONE_BACKWARD
+from ssiuu_kernels.ops.precision import LARGEST
 
 from .evaluate import evaluate_sets, evaluate_split
 from .facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
@@ -110,6 +111,8 @@ class UnlearnOptions:
         for name in ("forget_batch", "retain_batch", "save_every", "penalty_weight", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 0")
+        if self.penalty_weight > LARGEST:
+            raise ValueError(f"penalty_weight={self.penalty_weight}; expected at most {LARGEST:g}")
         check_learning_rate(self.learning_rate)
         if self.threshold is not None and math.isnan(self.threshold):
             raise ValueError("threshold=nan, at or below which no score is; expected a number")

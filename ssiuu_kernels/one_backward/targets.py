@@ -44,7 +44,9 @@ class Targets:
         Raises:
             ValueError: it was multiplied, and parameters are updated in backward; nothing is changed then.
         """
-        if self.updated_in_backward and scale != 1:
+        if (
+            self.updated_in_backward and scale != 1 and scale.isfinite()
+        ):  # a loss that diverged is told by its gradients
             raise ValueError(
                 f"the loss was multiplied by {scale.item():g} (by a GradScaler, say) and parameters are updated in its "
                 "backward, before anything can divide their gradients; put the factor into the objective, train in "

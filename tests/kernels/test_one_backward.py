@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ssiuu_kernels as sk
 
 from .gradients import FORGET, TARGET, assert_equal_gradients, both_gradients, distances, gradients
-from .models import FAMILIES, logits_of, rounding, tiny_batch, tiny_model
+from .models import FAMILIES, NAN_LEFT_PADDED, logits_of, rounding, tiny_batch, tiny_model
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -27,6 +27,8 @@ OBJECTIVES = {"gd": "gd", "ga": "ga", "npo": "npo", "dpo": "dpo", "callable": sq
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", ["torch_llama", *FAMILIES])
 def test_equals_two_backwards(family, padding, dtype):
+    if padding == "left" and dtype == torch.float64 and family in NAN_LEFT_PADDED:
+        pytest.skip("the model gives NaN for left padding in float64, patched or not")
     assert_equal_gradients(tiny_model(family, dtype), tiny_batch(padding), rounding(family, dtype))
 
 
@@ -142,6 +144,7 @@ def test_packed_rows(family):
         assert max(distances(found, wanted).values()) <= rounding(family, torch.float64)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs torch >= 2.10, which has Tensor.grad_dtype")
 def test_gradients_add_up_in_float32_on_request():
     model, batch = tiny_model(dtype=torch.bfloat16), tiny_batch()
     with sk.patch(model, scope="all", grad_dtype=torch.float32) as handle:
@@ -153,7 +156,7 @@ def test_gradients_add_up_in_float32_on_request():
         handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET).backward()
     with sk.patch(model, scope="all") as handle:
         handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET).backward()
-    assert all(param.grad.dtype == param.target_grad.dtype == torch.bfloat16 for param in model.parameters())
+        assert all(param.grad.dtype == param.target_grad.dtype == torch.bfloat16 for param in model.parameters())
 
 
 def backward_flops(model, batch, forget, target=TARGET, objective="gd"):

@@ -338,7 +338,7 @@ def test_an_attribution_that_was_nan_heals(kind):
 def without_forget_samples(params):
     for param in params:
         param.grad, param.target_grad = torch.randn_like(param), None
-        param.target_grad_info = TargetGradInfo(samples=0, grad_version=None, scaled=False)
+        param.target_grad_info = TargetGradInfo(samples=0, grad_version=None, scale=torch.ones(()))
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["the first step", "a later step"])
@@ -387,15 +387,15 @@ def test_a_penalty_without_forget_samples_adds_nothing():
 
 
 CHANGES = {
-    "clipped": (True, {"scaled": False}, True),
-    "unscaled by a GradScaler": (True, {"scaled": True}, False),
-    "left alone": (False, {"scaled": False}, False),
+    "clipped": (True, 1.0, True),
+    "unscaled by a GradScaler": (True, 65536.0, False),
+    "left alone": (False, 1.0, False),
 }
 
 
-@pytest.mark.parametrize(("changed", "info", "warned"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("changed", "scale", "warned"), CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("kind", BOTH)
-def test_gradients_that_were_changed_are_warned_of_once(kind, changed, info, warned, caplog):
+def test_gradients_that_were_changed_are_warned_of_once(kind, changed, scale, warned, caplog):
     params = parameters()
     optimizer = kind(params)
     with caplog.at_level(logging.WARNING, "ssiuu_kernels"):
@@ -403,7 +403,7 @@ def test_gradients_that_were_changed_are_warned_of_once(kind, changed, info, war
             give_gradients(params)
             for param in params:
                 version = param.grad._version
-                param.target_grad_info = TargetGradInfo(samples=2, grad_version=version, **info)
+                param.target_grad_info = TargetGradInfo(samples=2, grad_version=version, scale=torch.tensor(scale))
                 if changed:
                     param.grad.mul_(0.5)
             apply(optimizer)

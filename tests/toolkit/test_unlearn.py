@@ -105,10 +105,22 @@ def test_a_gradient_that_is_no_number_reaches_no_checkpoint(options, tmp_path, m
     assert Run(tmp_path / "run").last_checkpoint().name == "checkpoint-4"
 
 
-def test_a_penalty_that_overflows_reaches_no_checkpoint(options, tmp_path):
-    options = replace(options, penalty_share=None, penalty_weight=1e300, learning_rate=1e-2, save_every=1)
-    with pytest.raises(DivergedError, match=r"the penalty's gradient norm is (inf|nan) at step"):
-        unlearn(options, tmp_path / "run")
+def test_a_penalty_that_cannot_be_applied_is_refused_before_any_work(options, tmp_path):
+    with pytest.raises(ValueError, match=r"penalty_weight=1e\+300; expected at most 1e\+30"):
+        unlearn(replace(options, penalty_weight=1e300), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_penalty_that_overflows_reaches_no_checkpoint(options, tmp_path, monkeypatch):
+    metrics = UnlearnTrainer.optimizer_metrics
+
+    def overflowing(trainer):
+        return metrics(trainer) | ({"penalty_grad_norm": math.inf} if trainer.state.global_step == 4 else {})
+
+    monkeypatch.setattr(UnlearnTrainer, "optimizer_metrics", overflowing)
+    with pytest.raises(DivergedError, match="the penalty's gradient norm is inf at step 4"):
+        unlearn(replace(options, save_every=1), tmp_path / "run")
+    assert Run(tmp_path / "run").last_checkpoint().name == "checkpoint-3"
     for file in (tmp_path / "run").glob("checkpoints/*/model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
