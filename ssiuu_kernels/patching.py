@@ -56,7 +56,8 @@ def patch(
         penalty_weight: lambda of level "neuron".
         forget_samples: size of the forget set, for level "neuron": the last attribution of each sample is kept.
         engine: how `unlearning_loss` makes the two gradients at level "parameter": "one-backward", which falls back
-            where the model cannot take it (`PatchHandle.path` says why), or "two-backward".
+            where the model cannot take it (`PatchHandle.path` says why), "two-backward", or "checked": one backward,
+            held against two more on every batch.
         grad_dtype: torch.float32 adds both gradients of bfloat16 or float16 parameters up in float32; None: in the
             parameter's type. Needs a torch that has `Tensor.grad_dtype` (2.10 or newer).
 
@@ -222,12 +223,15 @@ class PatchHandle:
             Scalar loss. Run with gradient checkpointing in its non-reentrant form.
 
         Raises:
+            TypeError: logits, labels or forget that are not tensors of their types.
             ValueError: unknown objective or target, an objective that depends on more than the log-likelihoods, a mask
-                that is empty or of another length, labels without an answer token, an unpatched handle, sample_ids
-                missing or out of place, reentrant checkpointing. At level "neuron" also: an MLP that ran twice in the
-                forward, on other rows than `[B, S]`, or on rows that are not of one sample each (proved by two
-                backwards, once for each kind of forward).
-            RuntimeError (from `backward`): a second backward, or parameters edited since the forward; nothing is
+                of another length, labels without an answer token or with one that the logits do not have, logits of
+                another model, an unpatched handle, sample_ids missing or out of place, reentrant checkpointing, more
+                than one process. At level "neuron" also: an MLP that ran twice in the forward, on other rows than
+                `[B, S]`, or on rows that are not of one sample each (proved by two backwards where the rows cannot be
+                followed). From `backward`: a loss that was multiplied while weights are updated in backward.
+            RuntimeError: a part that was compiled and run before the model was patched. From `backward`: a second
+                backward, parameters edited since the forward, or (engine "checked") gradients that differ. Nothing is
                 changed then.
         """
         self._check_patched()

@@ -21,7 +21,7 @@ TINY = 1e-300  # of gradients that are all 0
 
 
 class CheckedBackward(OneBackward):
-    """`OneBackward` whose gradients are compared with those of two backwards, at three times the cost.
+    """`OneBackward` whose gradients are compared with those of two more backwards.
 
     Raises (from the backward):
         RuntimeError: they differ by more than rounding explains. `grad` and `target_grad` are then as they were.
