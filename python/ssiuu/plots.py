@@ -65,7 +65,7 @@ def _influence_bars(ax: Axes, records: Sequence[RunRecord]) -> None:
             value, y = record.diagnosis["sum"][name], group + (index - (len(records) - 1) / 2) * height
             ax.barh(y, value, height * 0.88, color=colour(record), alpha=1 - 0.25 * min(record.style, 2))
             ax.text(value + 0.02 * largest, y, f"{value:.3g}", va="center", fontsize=9)
-    ax.set_yticks([0, 1], ["Erased\n$D^+$", "Hidden\n$D^-$"])
+    ax.set_yticks([0, 1], ["Erased\nD⁺", "Hidden\nD⁻"])
     ax.set_ylim(1.55, -0.55)
     ax.set_xlim(0, 1.15 * largest)
     targets = ", ".join(sorted({record.diagnosis["target"] for record in records}))
@@ -115,7 +115,7 @@ def influence_curves(records: Sequence[RunRecord]) -> Figure | None:
     if not records:
         return None
     figure, axes = new_figure(1, 2, (10, 3.8), sharey=True)
-    titles = {"d_plus": "$D^+$: positive influence removed", "d_minus": "$D^-$: negative influence added"}
+    titles = {"d_plus": "D⁺: positive influence removed", "d_minus": "D⁻: negative influence added"}
     for ax, (name, title) in zip(axes[0], titles.items(), strict=True):
         for record in records:
             scores = np.concatenate([getattr(v, name).flatten().numpy() for v in record.variations.values()])
@@ -153,7 +153,7 @@ def module_maps(records: Sequence[RunRecord]) -> Figure | None:
     norm = PowerNorm(0.5, 0, largest or 1.0)
     figure, axes = new_figure(len(records), 2, (10, 0.6 + 2.3 * len(records)), sharex=True)
     for row, record in zip(axes, records, strict=True):
-        for ax, (name, symbol) in zip(row, {"d_plus": "$D^+$", "d_minus": "$D^-$"}.items(), strict=True):
+        for ax, (name, symbol) in zip(row, {"d_plus": "D⁺", "d_minus": "D⁻"}.items(), strict=True):
             image = ax.imshow(maps[record.path, name], aspect="auto", cmap="magma_r", norm=norm)
             ax.set_yticks(range(len(_kinds(record))), _kinds(record))
             ax.xaxis.set_major_locator(whole_numbers(8))
