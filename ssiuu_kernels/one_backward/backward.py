@@ -86,6 +86,7 @@ class OneBackward:
             signals = []
             for part, graph, (loss, target, ones) in zip(parts, self._graphs, tensors, strict=True):
                 stack.callback(part.weights.disarm)
+                stack.callback(graph.release)
                 own, host = host[: len(loss)], host[len(loss) :]
                 part.weights.arm(loss, target, *zip(*own, strict=True))
                 for handle in graph.hooks(part.weights):

@@ -218,6 +218,11 @@ class Followed:
             handles.append(leaf.register_hook(_weigh(weights, layout)))
         return handles
 
+    def release(self) -> None:
+        """Forget gradients that were brought and not used, as by a backward that raised: the next one is another's."""
+        for node in self.layouts:
+            node.rows_grad, node.answers_only = None, False
+
     def _used_by(self, param: Tensor, node) -> str:
         return f"{self._name(param)} is used by {type(node).__name__}, which is not known to keep samples apart"
 

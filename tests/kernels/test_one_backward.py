@@ -295,6 +295,29 @@ def test_a_sum_with_another_loss_of_the_same_forward(other):
         assert max(distances(actual, expected).values()) <= 1e-10
 
 
+def test_a_backward_that_raised_leaves_nothing_for_another_loss():
+    model, batch = tiny_model("torch_llama", torch.float64), tiny_batch()
+    expected = copy.deepcopy(model)
+    logits_of(expected, batch).square().mean().backward()
+    handle, failing = sk.patch(model, scope="all"), [True]
+
+    def fail(grads):
+        if failing:
+            raise KeyError("out of memory, say")
+
+    logits = logits_of(model, batch)
+    loss = handle.unlearning_loss(logits, batch["labels"], FORGET, target=TARGET)
+    hook = logits.grad_fn.register_prehook(fail)  # before the layer that makes the logits
+    with pytest.raises(KeyError):
+        loss.backward()
+    failing.clear()
+    hook.remove()
+    model.zero_grad()
+    logits.square().mean().backward()
+    for param, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(param.grad, wanted.grad, rtol=1e-9, atol=1e-15)
+
+
 def test_a_second_backward():
     model, _, loss = prepared()
     value = loss(lambda s, *_: s.sum())
