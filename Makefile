@@ -17,8 +17,9 @@ help:
 	@echo "make lint    ruff and clang-format, checking only; make format rewrites"
 	@echo "make clean   remove everything that the other targets made"
 
+# A process per core; the tests of a file stay together, since they share what was compiled for them.
 test: lint build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 demo: build
 	$(BIN)/ssiuu demo

@@ -48,23 +48,22 @@ def generate(
             raise ValueError(
                 f"a prompt of {width} tokens fills the model's {prompts.longest} positions; use fewer --shots"
             )
-        with _own_generation_config(model, prompts) as config:
+        with _own_generation_config(model, prompts, room) as config:
             output = model.generate(
                 batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 generation_config=config,
-                max_new_tokens=room,
                 stopping_criteria=[_FirstLineEnds(prompts, width)],
             )
         for text in _decode(prompts, output, width):
-            answers.append(text.strip().split("\n")[0])
+            answers.append(_first_line(text))
         if progress is not None:
             progress(len(samples))
     return answers
 
 
 @contextmanager
-def _own_generation_config(model: PreTrainedModel, prompts: PromptFormat) -> Iterator[GenerationConfig]:
+def _own_generation_config(model: PreTrainedModel, prompts: PromptFormat, room: int) -> Iterator[GenerationConfig]:
     """A greedy config that keeps nothing of the model's but its end tokens.
 
     `generate` fills what a config leaves open (repetition_penalty, num_beams, ...) from the model's, so the model's is
@@ -75,7 +74,11 @@ def _own_generation_config(model: PreTrainedModel, prompts: PromptFormat) -> Ite
     for tokens in (getattr(kept, "eos_token_id", None), prompts.tokenizer.eos_token_id):
         ends |= set(tokens) if isinstance(tokens, list) else {tokens} - {None}
     model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=prompts.pad
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=room,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=prompts.pad,
     )
     try:
         yield model.generation_config
@@ -92,6 +95,11 @@ class _FirstLineEnds(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
         done = ["\n" in text.lstrip() for text in _decode(self.prompts, input_ids, self.width)]
         return torch.tensor(done, device=input_ids.device)
+
+
+def _first_line(text: str) -> str:
+    """The same whether or not anything was written behind the line break."""
+    return text.lstrip().split("\n")[0].rstrip()
 
 
 def _decode(prompts: PromptFormat, output: Tensor, width: int) -> list[str]:

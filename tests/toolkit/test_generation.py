@@ -26,7 +26,8 @@ def by_argmax(model, prompts, text, new_tokens):
     while len(ids) < start + new_tokens and ids[-1] != prompts.tokenizer.eos_token_id:
         with torch.no_grad():
             ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-    return prompts.tokenizer.decode(ids[start:], skip_special_tokens=True).strip().split("\n")[0]
+    text = prompts.tokenizer.decode(ids[start:], skip_special_tokens=True)
+    return text.strip().split("\n")[0].strip()
 
 
 INHERITED = [
@@ -111,6 +112,14 @@ def test_nothing_is_written_behind_the_first_line():
     model = scripted(tokenizer, "\n Rome\n\nQuestion: and so on and on and on and on")
     assert generate(model, PromptFormat(tokenizer, 0), ["Ann"]) == ["Rome"]
     assert model.forwards < len(model.script) / 2
+
+
+@pytest.mark.parametrize("behind", ["", " and so on"], ids=["the text's end", "more text"])
+@pytest.mark.parametrize("space", [" ", "\t", "\x1f", "\u2028"], ids=ascii)
+def test_spaces_before_the_line_break_are_no_part_of_an_answer(space, behind):
+    tokenizer = make_tokenizer("byte-level BPE", eos=True)
+    model = scripted(tokenizer, f" Rome{space}\n{behind}")
+    assert generate(model, PromptFormat(tokenizer, 0), ["Ann"]) == ["Rome"]
 
 
 def test_learned_positions_bound_what_is_written():

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sysconfig
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
+from filelock import FileLock
 
 COMPILER = shutil.which("g++")
 ROOT = Path(__file__).parents[3]
@@ -35,20 +35,26 @@ def emulated_module():
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "cuda-emulation" / digest.hexdigest()[:16]
     library = folder / "_native.so"
-    if not library.exists():
-        for outdated in folder.parent.glob("*"):
-            if outdated != folder:
-                shutil.rmtree(outdated, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(lambda source: _compile(source, folder), sources))
-        partial = folder / f"{os.getpid()}.so"
-        _run([COMPILER, "-shared", "-o", partial, *objects])
-        partial.replace(library)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(ROOT / "build" / "cuda-emulation.lock"):  # test processes beside this one build it too
+        if not library.exists():
+            _build(sources, library)
     spec = importlib.util.spec_from_file_location("_native", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return _Guarded(module)
+
+
+def _build(sources: list[Path], library: Path) -> None:
+    folder = library.parent
+    for outdated in folder.parent.glob("*"):
+        if outdated != folder:
+            shutil.rmtree(outdated, ignore_errors=True)
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: _compile(source, folder), sources))
+    partial = folder / "partial.so"
+    _run([COMPILER, "-shared", "-o", partial, *objects])
+    partial.replace(library)
 
 
 def _compile(source: Path, folder: Path) -> Path:
