@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu_kernels.backends import AUTO_ORDER
+from ssiuu_kernels.ops.backends import AUTO_ORDER
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

@@ -1,13 +1,13 @@
 """Fused kernels for robust unlearning: attribution, the SSIUU penalty and its optimizer, under Hugging Face models."""
 
 from . import ops
-from .backends import Availability, available_backends
 from .env import collect_env
 from .log_probs import sequence_log_probs
-from .loss import GradientPath
+from .loss.unlearning import GradientPath
 from .ops import ActGrads, GluGrads, NeuronPenalty, NeuronScores, PackedGluGrads, PenaltyStats
-from .optim import SsiuuAdamW, SsiuuPenalty
-from .patching import PatchHandle, patch
+from .ops.backends import Availability, available_backends
+from .optim.adamw import SsiuuAdamW, SsiuuPenalty
+from .patching.patch import PatchHandle, patch
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from .backends import ENVIRONMENT_VARIABLE, available_backends, native_module
+from .ops.backends import ENVIRONMENT_VARIABLE, available_backends, native_module
 
 PACKAGES = ("ssiuu-kernels", "torch", "triton", "transformers", "accelerate", "numpy")
 

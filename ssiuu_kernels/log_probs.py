@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.checks import check_segment_values, make_segments
+from .ops.common.checks import check_segment_values, make_segments
 
 IGNORE_INDEX = -100
 TARGETS = ("prob", "geometric_mean_prob", "log_prob")

@@ -59,12 +59,12 @@ def _device(request):
 def _emulation(request, monkeypatch):
     """Tests marked `emulated` run the CUDA kernels on CPU tensors."""
     if request.node.get_closest_marker("emulated"):
-        from ssiuu_kernels.ops import native_support
+        from ssiuu_kernels.ops.common import native_host
 
         if cuda_emulation.COMPILER is None:
             pytest.skip("needs g++ to compile the CUDA kernels for the CPU")
-        monkeypatch.setattr(native_support, "uses_cuda", lambda _tensor: True)
-        monkeypatch.setattr(native_support, "native_module", cuda_emulation.emulated_module)
+        monkeypatch.setattr(native_host, "uses_cuda", lambda _tensor: True)
+        monkeypatch.setattr(native_host, "native_module", cuda_emulation.emulated_module)
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import IGNORE_INDEX
-from ssiuu_kernels.loss import ONE_BACKWARD, TWO_BACKWARD
-from ssiuu_kernels.objectives import Objective, resolve_objective
+from ssiuu_kernels.loss.objectives import Objective, resolve_objective
+from ssiuu_kernels.loss.unlearning import ONE_BACKWARD, TWO_BACKWARD
 
 from .methods import Method, OptimizerOptions, check_update_in_backward, plain_adamw
 from .prompts import Encoded, PromptFormat

@@ -12,18 +12,12 @@ from transformers import PreTrainedModel, set_seed
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import check_target
-from ssiuu_kernels.loss import ENGINES, ONE_BACKWARD
-from ssiuu_kernels.ops.precision import LARGEST
+from ssiuu_kernels.loss.unlearning import ENGINES, ONE_BACKWARD
+from ssiuu_kernels.ops.common.precision import LARGEST
 
 from .evaluate import evaluate_sets, evaluate_split
 from .facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
-from .methods import (
-    OptimizerOptions,
-    check_learning_rate,
-    check_update_in_backward,
-    check_weights_dtype,
-    get_method,
-)
+from .methods import OptimizerOptions, check_learning_rate, check_update_in_backward, check_weights_dtype, get_method
 from .metrics import chance, known_facts, score_facts
 from .models import load_model, position_limit
 from .progress import job

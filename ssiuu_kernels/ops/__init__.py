@@ -1,11 +1,11 @@
 """The ops: public function and checks, reference (the definition), and one file per backend."""
 
-from .act import act_backward, act_forward
-from .activations import ACTIVATIONS
-from .glu import glu_backward, glu_forward, packed_glu_backward, packed_glu_forward
-from .neuron_penalty import NeuronPenalty
+from .common.activations import ACTIVATIONS
+from .common.results import ActGrads, GluGrads, NeuronScores, PackedGluGrads, PenaltyStats
+from .mlp.act import act_backward, act_forward
+from .mlp.glu import glu_backward, glu_forward, packed_glu_backward, packed_glu_forward
+from .mlp.neuron_penalty import NeuronPenalty
 from .penalty import penalty_, penalty_adamw_, penalty_adamw_many_, penalty_many_
-from .results import ActGrads, GluGrads, NeuronScores, PackedGluGrads, PenaltyStats
 from .token_scores import token_scores
 from .wgrad_pair import wgrad_pair
 

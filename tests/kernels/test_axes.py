@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssiuu_kernels.one_backward.axes import RULES, Axis, Edge
+from ssiuu_kernels.gradients.one_backward.axes import RULES, Axis, Edge
 
 # On the CPU these nodes are not made: kernels of GPUs, and ours, which are held against two backwards elsewhere.
 ELSEWHERE = {

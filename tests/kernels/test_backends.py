@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu_kernels import backends
-from ssiuu_kernels.ops import native_support
+from ssiuu_kernels.ops import backends
+from ssiuu_kernels.ops.common import native_host
 
 
 def test_every_backend_has_a_reason():
@@ -39,13 +39,13 @@ def test_a_backend_that_cannot_run_raises_with_its_reason(monkeypatch):
 )
 def test_native_on_a_gpu_that_cannot_run_it(monkeypatch, built, capability, reason):
     monkeypatch.setattr(
-        native_support,
+        native_host,
         "native_module",
         lambda: SimpleNamespace(build_info=lambda: {"cuda": built, "why_no_cuda": "no nvcc"}),
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
-    assert reason in native_support.why_not(tensor)
+    assert reason in native_host.why_not(tensor)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
@@ -79,10 +79,10 @@ def test_unknown_name_in_the_environment(monkeypatch):
 
 
 def test_native_kernels_are_called_in_one_place():
-    """Whatever goes round `native_support.call` would run on the CPU kernels where the CUDA ones are meant."""
+    """Whatever goes round `native_host.call` would run on the CPU kernels where the CUDA ones are meant."""
     ops = Path(backends.__file__).parent / "ops"
     callers = [path.name for path in ops.rglob("*.py") if "native_module" in path.read_text()]
-    assert callers == ["native_support.py"]
+    assert callers == ["native_host.py"]
 
 
 def test_collect_env_names_every_backend():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import ssiuu_kernels as sk
-from ssiuu_kernels.one_backward import targets
+from ssiuu_kernels.gradients.one_backward import targets
 
 from .gradients import FORGET, TARGET, both_gradients, distances, gradients
 from .models import logits_of, tiny_batch, tiny_model

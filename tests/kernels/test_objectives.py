@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ssiuu_kernels.objectives import BETA, resolve_objective
+from ssiuu_kernels.loss.objectives import BETA, resolve_objective
 
 LOG_PROBS = torch.tensor([-3.0, -8.0, -2.0, -5.0, -6.0])
 REFERENCE = torch.tensor([-2.0, -9.0, -2.5, -7.0, -4.0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu_kernels import penalised
+from ssiuu_kernels.optim import penalised
 
 from .models import logits_of, tiny_batch, tiny_model
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu_kernels import penalised
-from ssiuu_kernels.target_grad import TargetGradInfo
+from ssiuu_kernels.gradients.target_grad import TargetGradInfo
+from ssiuu_kernels.optim import penalised
 
 OPTIONS = {"lr": 0.1, "penalty_weight": 10.0, "weight_decay": 0.1}
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import ssiuu_kernels as sk
-from ssiuu_kernels import update_in_backward
+from ssiuu_kernels.optim import update_in_backward
 
 from .models import logits_of, tiny_batch, tiny_model
 from .test_optim_input import BOTH, OPTIONS, apply, everything, give_gradients, parameters, run

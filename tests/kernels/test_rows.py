@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ssiuu_kernels as sk
-from ssiuu_kernels.one_backward import graph
-from ssiuu_kernels.one_backward.functions import RowFunction
+from ssiuu_kernels.gradients.one_backward import graph
+from ssiuu_kernels.gradients.one_backward.functions import RowFunction
 
 from .gradients import FORGET, TARGET, assert_equal_gradients, both_gradients, distances
 from .models import logits_of, tiny_batch, tiny_model

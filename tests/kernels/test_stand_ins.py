@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ssiuu_kernels as sk
-from ssiuu_kernels.one_backward.installed import RowForwards
+from ssiuu_kernels.gradients.one_backward.installed import RowForwards
 
 from .gradients import FORGET, TARGET, both_gradients, distances
 from .models import FAMILIES, logits_of, tiny_batch, tiny_model

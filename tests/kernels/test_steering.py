@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu_kernels import steering, update_in_backward
 from ssiuu_kernels.ops import PenaltyStats
-from ssiuu_kernels.steering import next_weight, steered_weight
+from ssiuu_kernels.optim import steering, update_in_backward
+from ssiuu_kernels.optim.steering import next_weight, steered_weight
 
 from .models import logits_of, tiny_batch, tiny_model
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu_kernels import penalised, update_in_backward
-from ssiuu_kernels.target_grad import TargetGradInfo
+from ssiuu_kernels.gradients.target_grad import TargetGradInfo
+from ssiuu_kernels.optim import penalised, update_in_backward
 
 from .models import logits_of, tiny_batch, tiny_model
 

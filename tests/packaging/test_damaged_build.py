@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssiuu_kernels import backends
-from ssiuu_kernels.ops import native_support
+from ssiuu_kernels.ops import backends
+from ssiuu_kernels.ops.common import native_host
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -137,10 +137,10 @@ def test_a_triton_that_cannot_be_loaded_is_a_reason(monkeypatch):
 )
 def test_cuda_kernels_run_where_they_were_built_for(monkeypatch, built, capability, runs):
     info = {"cuda": True, "cuda_archs": built}
-    monkeypatch.setattr(native_support, "native_module", lambda: SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(native_host, "native_module", lambda: SimpleNamespace(build_info=lambda: info))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
-    reason = native_support.why_not(tensor)
+    reason = native_host.why_not(tensor)
     assert (reason is None) == runs
     if not runs:
         assert f"the CUDA kernels were built for {built}" in reason

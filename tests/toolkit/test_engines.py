@@ -19,7 +19,7 @@ from tests.toolkit.small_runs import assert_resumes_bit_for_bit, lines, weights
 @pytest.fixture
 def in_backward(options, monkeypatch):
     """Options of a run whose matrices, small as they are, are updated in backward."""
-    monkeypatch.setattr("ssiuu_kernels.update_in_backward.WAITING", 100)
+    monkeypatch.setattr("ssiuu_kernels.optim.update_in_backward.WAITING", 100)
     return replace(options, update_in_backward=True)
 
 

@@ -92,7 +92,7 @@ def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
     "changes", [{"method": "gd"}, {}, {"update_in_backward": True}], ids=["gd", "ssiuu", "in backward"]
 )
 def test_a_gradient_that_is_no_number_reaches_no_checkpoint(options, tmp_path, monkeypatch, changes):
-    monkeypatch.setattr("ssiuu_kernels.update_in_backward.WAITING", 100)
+    monkeypatch.setattr("ssiuu_kernels.optim.update_in_backward.WAITING", 100)
     compute = UnlearnTrainer.compute_loss
 
     def diverge(trainer, *args, **kwargs):

@@ -7,17 +7,17 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ... import backends
-from .. import native_support, triton_support
-from ..checks import check_float, check_in_place, check_like
-from ..results import PenaltyStats
+from .. import backends
+from ..common import native_host, triton_host
+from ..common.checks import check_float, check_in_place, check_like
+from ..common.results import PenaltyStats
 from . import native, reference
 from .scalars import StepScalars, step_scalars
 
 for _name in ("penalty_", "penalty_adamw_"):
     backends.register(_name, "reference", getattr(reference, _name))
-    backends.register(_name, "native", getattr(native, _name), native_support.why_not)
-    backends.register(_name, "triton", triton_support.lazily(__name__, _name), triton_support.why_not)
+    backends.register(_name, "native", getattr(native, _name), native_host.why_not)
+    backends.register(_name, "triton", triton_host.lazily(__name__, _name), triton_host.why_not)
 
 # What the two ops write, by the names of their lists.
 WRITES = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native_support import DTYPE_CODES, call
+from ..common.native_host import DTYPE_CODES, call
 from .scalars import StepScalars
 
 

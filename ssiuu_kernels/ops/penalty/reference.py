@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..precision import compute_dtype
+from ..common.precision import compute_dtype
 from .rounding import random_bits, round_at_random
 from .scalars import FIELDS, StepScalars
 

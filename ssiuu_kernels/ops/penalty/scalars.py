@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..precision import LARGEST, usable
+from ..common.precision import LARGEST, usable
 
 FIELDS = (
     "decay",  # 1 - lr * weight_decay

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
-from .. import native_support, triton_support
-from ..checks import as_rows, check_like, check_rows, check_segment_values, make_segments
-from ..results import NeuronScores
+from .. import backends
+from ..common import native_host, triton_host
+from ..common.checks import as_rows, check_like, check_rows, check_segment_values, make_segments
+from ..common.results import NeuronScores
 from . import native, reference
 
 backends.register("token_scores", "reference", reference.token_scores)
-backends.register("token_scores", "native", native.token_scores, native_support.why_not)
-_triton = triton_support.lazily(__name__, "token_scores")
-backends.register("token_scores", "triton", _triton, triton_support.why_not)
+backends.register("token_scores", "native", native.token_scores, native_host.why_not)
+_triton = triton_host.lazily(__name__, "token_scores")
+backends.register("token_scores", "triton", _triton, triton_host.why_not)
 
 
 def token_scores(z: Tensor, grad_z: Tensor, *, segments: Tensor | None = None, backend: str = "auto") -> NeuronScores:

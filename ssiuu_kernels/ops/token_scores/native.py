@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import dense_rows
-from ..native_support import DTYPE_CODES, call
+from ..common.checks import dense_rows
+from ..common.native_host import DTYPE_CODES, call
 
 
 def token_scores(z: Tensor, grad_z: Tensor, segments: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..precision import compute_dtype
+from ..common.precision import compute_dtype
 
 
 def segment_scores(attribution: Tensor, segments: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import dense_rows
-from ..triton_common import finish_scores, running_max, running_min, split_rows
-from ..triton_support import split_count
+from ..common.checks import dense_rows
+from ..common.triton_host import split_count
+from ..common.triton_kernels import finish_scores, running_max, running_min, split_rows
 
 # 8 rows of 256 columns a step: each of the 128 threads loads 16 bytes twice from either tensor in bfloat16.
 BLOCK_T, BLOCK_D, NUM_WARPS = 8, 256, 4

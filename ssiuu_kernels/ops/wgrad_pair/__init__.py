@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import check_float
+from ..common.checks import check_float
 from .reference import ALL, Rows, complement, wgrad_pair_reference
 
 

@@ -1,7 +1,7 @@
 """Launches of the hidden activation's kernels: `glu_forward`, `glu_backward`, `act_forward`, `act_backward`."""
 
-from ssiuu_kernels.ops.activations import CODES
-from ssiuu_kernels.ops.hidden import triton as hidden
+from ssiuu_kernels.ops.common.activations import CODES
+from ssiuu_kernels.ops.mlp import triton as hidden
 
 from .case import Case
 

@@ -1,7 +1,7 @@
 """Launches of `token_scores` and of the reduction that it shares with `glu_backward`."""
 
+from ssiuu_kernels.ops.common.triton_kernels import finish_scores_kernel
 from ssiuu_kernels.ops.token_scores import triton as token_scores
-from ssiuu_kernels.ops.triton_common import finish_scores_kernel
 
 from .case import Case
 

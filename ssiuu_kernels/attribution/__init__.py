@@ -1,0 +1,1 @@
+"""Gradient x activation attribution of every neuron of a model, from one forward and one backward."""

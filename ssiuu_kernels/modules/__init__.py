@@ -1,0 +1,1 @@
+"""What a module is, and the forward of a patched MLP."""

@@ -1,0 +1,1 @@
+"""What the ops share: checks, results, precision, and what their native and Triton kernels are called through."""

@@ -1,0 +1,1 @@
+"""The penalty, alone and fused with AdamW, and the steering of lambda."""
