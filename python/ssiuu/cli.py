@@ -86,7 +86,7 @@ def demo(
 
     Example: `ssiuu demo --out runs/demo`
     """
-    from .demo import run_demo
+    from .commands.demo import run_demo
 
     run_demo(out, seed=seed)
 
@@ -162,9 +162,9 @@ def unlearn(
     """
     options = dict(locals())
     out, resume = options.pop("out"), options.pop("resume")
-    from .facts import BUILTIN
-    from .unlearn import UnlearnOptions
-    from .unlearn import unlearn as run_unlearning
+    from .commands.unlearn import UnlearnOptions
+    from .commands.unlearn import unlearn as run_unlearning
+    from .data.facts import BUILTIN
 
     if facts is None and forget is None and retain is None:
         options["facts"] = BUILTIN
@@ -190,7 +190,7 @@ def finetune(
     Example: `ssiuu finetune --facts full.jsonl --model smollm2 --out runs/taught`
     """
     options = dict(locals())
-    from .finetune import finetune as run_finetuning
+    from .commands.finetune import finetune as run_finetuning
 
     run = run_finetuning(options.pop("out"), **options)
     typer.echo(f"model: {run.model}")
@@ -216,7 +216,7 @@ def attack(
 
     Example: `ssiuu attack runs/ssiuu --kind harmful --fraction 0.3 --learning-rate 1e-5 --steps 10`
     """
-    from .attack import KINDS, attack_grid, attack_run
+    from .commands.attack import KINDS, attack_grid, attack_run
 
     attacks = attack_grid(
         kind or KINDS, seed or (0,), fractions=fraction, learning_rates=learning_rate,
@@ -237,7 +237,7 @@ def diagnose(
 
     Example: `ssiuu diagnose runs/gd runs/ssiuu`
     """
-    from .diagnose import diagnose_runs
+    from .analysis.influence import diagnose_runs
 
     diagnose_runs(runs, batch_size=batch_size, target=target, backend=backend)
     _print_summary(runs)
@@ -249,7 +249,7 @@ def evaluate(run: RunFolder):
 
     Example: `ssiuu evaluate runs/ssiuu`
     """
-    from .evaluate import evaluate_run
+    from .evaluation.sets import evaluate_run
 
     evaluate_run(run)
     _print_summary([run])
@@ -264,7 +264,7 @@ def report(
 
     Example: `ssiuu report runs/gd runs/ssiuu --out report`
     """
-    from .report import write_report
+    from .report.page import write_report
 
     page = write_report(runs, out)
     _print_summary(runs)
@@ -281,7 +281,7 @@ def env():
 
 def _print_summary(runs: list[Path]) -> None:
     from .progress import console
-    from .report import summary_table
+    from .report.page import summary_table
 
     console.print(summary_table(runs))
 

@@ -7,9 +7,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ssiuu.facts import Fact
-from ssiuu.prompts import EXAMPLES
-from ssiuu.unlearn import UnlearnOptions
+from ssiuu.commands.unlearn import UnlearnOptions
+from ssiuu.data.facts import Fact
+from ssiuu.data.prompts import EXAMPLES
 
 PEOPLE = ("ann", "bob", "cid", "dee", "eve", "fay")
 TOWNS = ("rome", "oslo", "lima")
@@ -70,7 +70,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture
 def loaded(model_dir):
     """(model, tokenizer) of `model_dir`."""
-    from ssiuu.models import load_model
+    from ssiuu.models.load import load_model
 
     return load_model(model_dir)
 

@@ -6,7 +6,7 @@ import math
 import torch
 from safetensors.torch import save_file
 
-from ssiuu.diagnose import KINDS, Variation, summarise
+from ssiuu.analysis.influence import KINDS, Variation, summarise
 
 FACT = {"question": "Who wrote Hamlet?", "answer": "William Shakespeare", "subject": "William Shakespeare"}
 

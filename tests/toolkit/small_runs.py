@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssiuu.runs import Run
-from ssiuu.unlearn import unlearn
+from ssiuu.commands.unlearn import unlearn
+from ssiuu.runs.folder import Run
 
 OF_THE_MACHINE = ("seconds", "tokens_per_second", "peak_memory_bytes")
 

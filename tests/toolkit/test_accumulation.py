@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu.methods import OptimizerOptions, get_method
-from ssiuu.models import load_model
-from ssiuu.prompts import Encoded, PromptFormat
-from ssiuu.recorder import StepRecord
-from ssiuu.trainer import RecordedTrainer, Schedule, UnlearnTrainer, training_arguments
+from ssiuu.data.prompts import Encoded, PromptFormat
+from ssiuu.methods.registry import OptimizerOptions, get_method
+from ssiuu.models.load import load_model
+from ssiuu.training.step_log import StepRecord
+from ssiuu.training.trainer import RecordedTrainer, Schedule, UnlearnTrainer, training_arguments
 
 SHORT, LONG = ("where ann born", "rome"), ("where bob lives", "oslo rome oslo lima rome oslo")
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssiuu import attack
-from ssiuu.attack import Attack, attack_grid, attack_run
-from ssiuu.evaluate import evaluate_run
-from ssiuu.facts import Split
-from ssiuu.finetune import finetune
-from ssiuu.models import load_model
-from ssiuu.prompts import PromptFormat
-from ssiuu.unlearn import UnlearnOptions, unlearn
+from ssiuu.commands import attack
+from ssiuu.commands.attack import Attack, attack_grid, attack_run
+from ssiuu.commands.finetune import finetune
+from ssiuu.commands.unlearn import UnlearnOptions, unlearn
+from ssiuu.data.facts import Split
+from ssiuu.data.prompts import PromptFormat
+from ssiuu.evaluation.sets import evaluate_run
+from ssiuu.models.load import load_model
 from tests.toolkit.small_runs import KilledError, kill_after, lines
 
 
@@ -61,7 +61,7 @@ def test_the_runs_model_stays_as_it_is(run):
 
 def test_finished_attacks_are_not_run_again(run, monkeypatch):
     first = attack_run(run.path, [HARMFUL])
-    monkeypatch.setattr("ssiuu.attack.load_model", lambda *_, **__: pytest.fail("attacked again"))
+    monkeypatch.setattr("ssiuu.commands.attack.load_model", lambda *_, **__: pytest.fail("attacked again"))
     assert attack_run(run.path, [HARMFUL]) == first
 
 

@@ -67,20 +67,20 @@ FAILURES = {
 
 @pytest.mark.parametrize(("error", "line"), FAILURES.values(), ids=FAILURES)
 def test_whatever_fails_is_one_line_with_status_2(monkeypatch, tmp_path, error, line):
-    monkeypatch.setattr("ssiuu.report.write_report", raising(error))
+    monkeypatch.setattr("ssiuu.report.page.write_report", raising(error))
     result = run("report", tmp_path)
     assert result.exit_code == 2
     assert result.output.splitlines() == [line]
 
 
 def test_a_defect_shows_where_on_request(monkeypatch, tmp_path):
-    monkeypatch.setattr("ssiuu.report.write_report", raising(KeyError("fs")))
+    monkeypatch.setattr("ssiuu.report.page.write_report", raising(KeyError("fs")))
     monkeypatch.setenv("SSIUU_TRACEBACK", "1")
     assert isinstance(run("report", tmp_path).exception, KeyError)
 
 
 def test_an_interrupt_is_one_line_too(monkeypatch, tmp_path):
-    monkeypatch.setattr("ssiuu.report.write_report", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("ssiuu.report.page.write_report", raising(KeyboardInterrupt()))
     result = run("report", tmp_path)
     assert result.exit_code == 130
     assert result.output.startswith("ssiuu: interrupted; ")

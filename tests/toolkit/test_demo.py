@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from ssiuu import demo
-from ssiuu.demo import OPTIONS, choose_known, run_demo
-from ssiuu.facts import Fact
+from ssiuu.commands import demo
+from ssiuu.commands.demo import OPTIONS, choose_known, run_demo
+from ssiuu.data.facts import Fact
 
 
 def people(count, facts_each=3):

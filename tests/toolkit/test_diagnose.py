@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ssiuu_kernels as sk
-from ssiuu import diagnose
-from ssiuu.facts import Fact
-from ssiuu.prompts import PromptFormat
+from ssiuu.analysis import influence as diagnose
+from ssiuu.data.facts import Fact
+from ssiuu.data.prompts import PromptFormat
 from ssiuu_kernels import NeuronScores, sequence_log_probs
 from tests.kernels.models import logits_of, tiny_batch, tiny_model
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu import unlearn as unlearn_module
-from ssiuu.methods import OptimizerOptions, get_method
-from ssiuu.models import load_model
-from ssiuu.prompts import PromptFormat
-from ssiuu.recorder import StepRecord
-from ssiuu.trainer import Schedule, UnlearnTrainer, training_arguments
-from ssiuu.unlearn import unlearn
+from ssiuu.commands import unlearn as unlearn_module
+from ssiuu.commands.unlearn import unlearn
+from ssiuu.data.prompts import PromptFormat
+from ssiuu.methods.registry import OptimizerOptions, get_method
+from ssiuu.models.load import load_model
+from ssiuu.training.step_log import StepRecord
+from ssiuu.training.trainer import Schedule, UnlearnTrainer, training_arguments
 from tests.toolkit.small_runs import assert_resumes_bit_for_bit, lines, weights
 
 

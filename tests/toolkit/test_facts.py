@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from ssiuu.facts import Fact, Split, by_subject, check_split, load_facts, split_by_subject
-from ssiuu.instructions import load_instructions
+from ssiuu.data.facts import Fact, Split, by_subject, check_split, load_facts, split_by_subject
+from ssiuu.data.instructions import load_instructions
 
 
 def write(path, *rows):

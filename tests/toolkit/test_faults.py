@@ -13,9 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from ssiuu import report
-from ssiuu.locks import LOCK, locked
-from ssiuu.runs import Run
+from ssiuu.report import page as report
+from ssiuu.runs.folder import Run
+from ssiuu.runs.locks import LOCK, locked
 from tests.toolkit.conftest import tiny_facts
 from tests.toolkit.faults import Killed, fault
 from tests.toolkit.small_runs import reproducible, weights
@@ -191,7 +191,7 @@ def test_a_second_process_is_refused(finished, small, tmp_path, name):
 
 def test_a_lock_ends_with_its_process(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path; from ssiuu.locks import locked\n"
+        [sys.executable, "-c", "import sys, time; from pathlib import Path; from ssiuu.runs.locks import locked\n"
          "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)", tmp_path / "run"],
         stdout=subprocess.PIPE, env={"PYTHONPATH": ":".join(sys.path)},
     )  # fmt: skip

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ssiuu.facts import Fact
-from ssiuu.generation import generate, room_for
-from ssiuu.metrics import generation_accuracy, rouge_recall
-from ssiuu.models import position_limit
-from ssiuu.prompts import PromptFormat
+from ssiuu.data.facts import Fact
+from ssiuu.data.prompts import PromptFormat
+from ssiuu.evaluation.generation import generate, room_for
+from ssiuu.evaluation.likelihood import generation_accuracy, rouge_recall
+from ssiuu.models.load import position_limit
 from tests.toolkit.test_tokenizers import tiny_llama
 from tests.toolkit.tiny_tokenizers import FACTS, make_tokenizer
 

@@ -4,9 +4,16 @@ import pytest
 import torch
 
 import ssiuu_kernels as sk
-from ssiuu.facts import Fact
-from ssiuu.metrics import FactScores, generate, generation_accuracy, known_facts, rouge_recall, score_facts
-from ssiuu.prompts import PromptFormat
+from ssiuu.data.facts import Fact
+from ssiuu.data.prompts import PromptFormat
+from ssiuu.evaluation.likelihood import (
+    FactScores,
+    generate,
+    generation_accuracy,
+    known_facts,
+    rouge_recall,
+    score_facts,
+)
 
 
 def plain_log_prob(model, prompts, question, answer):
@@ -54,7 +61,7 @@ def test_known_facts_are_right_and_sure(facts):
 
 
 def fixed_generation(monkeypatch, *answers):
-    monkeypatch.setattr("ssiuu.metrics.generate", lambda *_, **__: list(answers))
+    monkeypatch.setattr("ssiuu.evaluation.likelihood.generate", lambda *_, **__: list(answers))
 
 
 def test_rouge_recall(loaded, monkeypatch):

@@ -9,15 +9,15 @@ import pytest
 import torch
 import transformers
 
-from ssiuu import models
-from ssiuu.attack import Attack, attack_run
-from ssiuu.diagnose import diagnose_runs
-from ssiuu.evaluate import evaluate_run
-from ssiuu.finetune import finetune
-from ssiuu.metrics import score_facts
-from ssiuu.models import load_model, position_limit
-from ssiuu.prompts import PromptFormat
-from ssiuu.unlearn import unlearn
+from ssiuu.analysis.influence import diagnose_runs
+from ssiuu.commands.attack import Attack, attack_run
+from ssiuu.commands.finetune import finetune
+from ssiuu.commands.unlearn import unlearn
+from ssiuu.data.prompts import PromptFormat
+from ssiuu.evaluation.likelihood import score_facts
+from ssiuu.evaluation.sets import evaluate_run
+from ssiuu.models import load as models
+from ssiuu.models.load import load_model, position_limit
 
 
 def test_a_folder(model_dir):

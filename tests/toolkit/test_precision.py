@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ssiuu.finetune import finetune
-from ssiuu.models import load_model
-from ssiuu.prompts import PromptFormat
-from ssiuu.recorder import StepRecord
-from ssiuu.runs import Run
-from ssiuu.trainer import RecordedTrainer, Schedule, training_arguments
-from ssiuu.unlearn import unlearn
+from ssiuu.commands.finetune import finetune
+from ssiuu.commands.unlearn import unlearn
+from ssiuu.data.prompts import PromptFormat
+from ssiuu.models.load import load_model
+from ssiuu.runs.folder import Run
+from ssiuu.training.step_log import StepRecord
+from ssiuu.training.trainer import RecordedTrainer, Schedule, training_arguments
 from tests.toolkit.small_runs import KilledError, assert_resumes_bit_for_bit, kill_after, weights
 
 METHODS = ("gd", "ssiuu")
@@ -70,7 +70,7 @@ def test_a_killed_bfloat16_run_resumes_bit_for_bit(narrow, tmp_path, monkeypatch
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_began_without_rounding_goes_on_without(narrow, tmp_path, monkeypatch, caplog, method):
     options = replace(narrow, method=method, max_steps=4, save_every=2)
-    monkeypatch.setattr("ssiuu.unlearn._config", config_of_0_1_0(options))
+    monkeypatch.setattr("ssiuu.commands.unlearn._config", config_of_0_1_0(options))
     with monkeypatch.context() as patched:
         kill_after(patched, 3)
         with pytest.raises(KilledError):
@@ -82,7 +82,7 @@ def test_a_run_that_began_without_rounding_goes_on_without(narrow, tmp_path, mon
 
 
 def config_of_0_1_0(options):
-    from ssiuu.unlearn import _config
+    from ssiuu.commands.unlearn import _config
 
     return lambda _: {name: value for name, value in _config(options).items() if name != "stochastic_rounding"}
 

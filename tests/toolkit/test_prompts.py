@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssiuu.prompts import Encoded, PromptFormat
+from ssiuu.data.prompts import Encoded, PromptFormat
 
 
 def test_labels_stand_on_the_answer_alone(loaded):

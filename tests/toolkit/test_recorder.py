@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from ssiuu import recorder
-from ssiuu.prompts import PromptFormat
-from ssiuu.recorder import StepRecord, peak_memory
-from ssiuu.trainer import RecordedTrainer, Schedule, training_arguments
-from ssiuu.unlearn import unlearn
+from ssiuu.commands.unlearn import unlearn
+from ssiuu.data.prompts import PromptFormat
+from ssiuu.training import step_log as recorder
+from ssiuu.training.step_log import StepRecord, peak_memory
+from ssiuu.training.trainer import RecordedTrainer, Schedule, training_arguments
 from tests.toolkit.small_runs import lines
 
 OF_ALL = {"step", "seconds", "tokens_per_second", "peak_memory_bytes", "loss", "loss_grad_norm", "engine"}

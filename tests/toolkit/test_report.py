@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from ssiuu import plots, records, report
-from ssiuu.figure_style import line_of
+from ssiuu.report import figures as plots
+from ssiuu.report import page as report
+from ssiuu.report.style import line_of
+from ssiuu.runs import read as records
 from tests.toolkit.run_folders import write_run
 
 FIGURES = {"overview", "influence", "modules", "attacks", "training"}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer
 
-from ssiuu.facts import Fact
-from ssiuu.metrics import score_facts
-from ssiuu.prompts import EXAMPLES, PromptFormat
+from ssiuu.data.facts import Fact
+from ssiuu.data.prompts import EXAMPLES, PromptFormat
+from ssiuu.evaluation.likelihood import score_facts
 from tests.toolkit.tiny_tokenizers import EOS, FACTS, KINDS, make_tokenizer
 
 AROUND = [dict(zip(("bos", "eos", "pad"), on, strict=True)) for on in itertools.product((False, True), repeat=3)]

@@ -10,14 +10,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ssiuu import unlearn as unlearn_module
-from ssiuu.facts import Fact, Split
-from ssiuu.metrics import chance
-from ssiuu.prompts import PromptFormat
-from ssiuu.recorder import DivergedError, StepRecord
-from ssiuu.runs import Run
-from ssiuu.trainer import RecordedTrainer, Schedule, UnlearnTrainer, training_arguments
-from ssiuu.unlearn import unlearn
+from ssiuu.commands import unlearn as unlearn_module
+from ssiuu.commands.unlearn import unlearn
+from ssiuu.data.facts import Fact, Split
+from ssiuu.data.prompts import PromptFormat
+from ssiuu.evaluation.likelihood import chance
+from ssiuu.runs.folder import Run
+from ssiuu.training.step_log import DivergedError, StepRecord
+from ssiuu.training.trainer import RecordedTrainer, Schedule, UnlearnTrainer, training_arguments
 from tests.toolkit.small_runs import KilledError, assert_resumes_bit_for_bit, kill_after, lines, weights
 
 

@@ -6,8 +6,8 @@ import string
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from ssiuu.facts import load_facts
-from ssiuu.words import WordTokenizer, chosen_option, words
+from ssiuu.data.facts import load_facts
+from ssiuu.data.words import WordTokenizer, chosen_option, words
 
 ITS_OWN = RougeScorer(["rougeL"], use_stemmer=True)
 OURS = RougeScorer(["rougeL"], tokenizer=WordTokenizer())

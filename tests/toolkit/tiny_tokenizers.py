@@ -6,8 +6,8 @@ from collections.abc import Callable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ssiuu.facts import Fact
-from ssiuu.prompts import EXAMPLES
+from ssiuu.data.facts import Fact
+from ssiuu.data.prompts import EXAMPLES
 
 FACTS = [
     Fact("Where was Ann born?", "Rome", ("Oslo", "Lima on sea"), "Ann"),

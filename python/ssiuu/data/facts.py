@@ -80,7 +80,7 @@ def read_rows(source: str | Path, embedded: str) -> Iterable[tuple[str, object]]
     A file is JSON Lines, or one JSON array.
     """
     if source == BUILTIN:
-        return _parse((resources.files("ssiuu") / "data" / embedded).read_bytes(), embedded)
+        return _parse((resources.files("ssiuu") / "data" / "builtin" / embedded).read_bytes(), embedded)
     path = Path(source)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; expected a .jsonl file in it, a datasets name or 'builtin'")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from .diagnose import KINDS, Variation
-from .runs import Run
+from ..analysis.influence import KINDS, Variation
+from .folder import Run
 
 METHOD_NAMES = {"ga": "GA", "gd": "GD", "npo": "NPO", "dpo": "DPO", "ssiuu": "SSIUU"}
 

@@ -15,16 +15,22 @@ from ssiuu_kernels.log_probs import check_target
 from ssiuu_kernels.loss.unlearning import ENGINES, ONE_BACKWARD
 from ssiuu_kernels.ops.common.precision import LARGEST
 
-from .evaluate import evaluate_sets, evaluate_split
-from .facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
-from .methods import OptimizerOptions, check_learning_rate, check_update_in_backward, check_weights_dtype, get_method
-from .metrics import chance, known_facts, score_facts
-from .models import load_model, position_limit
-from .progress import job
-from .prompts import PromptFormat
-from .recorder import StepRecord
-from .runs import Run
-from .trainer import Schedule, UnlearnTrainer, refuse_launchers, training_arguments
+from ..data.facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
+from ..data.prompts import PromptFormat
+from ..evaluation.likelihood import chance, known_facts, score_facts
+from ..evaluation.sets import evaluate_sets, evaluate_split
+from ..methods.registry import (
+    OptimizerOptions,
+    check_learning_rate,
+    check_update_in_backward,
+    check_weights_dtype,
+    get_method,
+)
+from ..models.load import load_model, position_limit
+from ..progress import job
+from ..runs.folder import Run
+from ..training.step_log import StepRecord
+from ..training.trainer import Schedule, UnlearnTrainer, refuse_launchers, training_arguments
 
 # The paper's early stop without options, the retrained model's ROUGE-L recall on TOFU; with options it is chance.
 ROUGE_THRESHOLD = 0.1971

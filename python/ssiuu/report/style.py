@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .records import RunRecord
+from ..runs.read import RunRecord
 
 INK, FAINT = "#24292f", "#8c959f"
 # One colour a method in every figure, told apart without colour vision too (Okabe and Ito).

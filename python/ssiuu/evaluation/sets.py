@@ -7,12 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from .facts import Fact, Split, all_have_options
-from .metrics import FactScores, generation_accuracy, score_facts
-from .models import load_model, position_limit
-from .progress import job
-from .prompts import PromptFormat
-from .runs import Run
+from ..data.facts import Fact, Split, all_have_options
+from ..data.prompts import PromptFormat
+from ..models.load import load_model, position_limit
+from ..progress import job
+from ..runs.folder import Run
+from .likelihood import FactScores, generation_accuracy, score_facts
 
 # Of the mean score; the others are called after their set, as in "forget_probability".
 SCORE_NAMES = {"forget": "fs", "retain": "rs", "unseen": "unseen_fs"}

@@ -18,7 +18,7 @@ from transformers import __version__ as transformers_version
 
 import ssiuu_kernels as sk
 
-from .facts import Fact, Split
+from ..data.facts import Fact, Split
 from .locks import LOCK, locked
 
 logger = logging.getLogger(__name__)

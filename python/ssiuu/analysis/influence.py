@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import ssiuu_kernels as sk
 from ssiuu_kernels import NeuronScores
 
-from .facts import Fact
-from .models import load_model, position_limit
-from .progress import job
-from .prompts import PromptFormat
-from .runs import Run
+from ..data.facts import Fact
+from ..data.prompts import PromptFormat
+from ..models.load import load_model, position_limit
+from ..progress import job
+from ..runs.folder import Run
 
 KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 TOP = 100  # neurons in the reported sums, as in the paper

@@ -12,18 +12,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from .evaluate import named_means
-from .facts import BUILTIN, Fact
+from ..data.facts import BUILTIN, Fact
+from ..data.instructions import load_instructions
+from ..data.prompts import Encoded, PromptFormat
+from ..evaluation.likelihood import score_facts
+from ..evaluation.sets import named_means
+from ..methods.registry import check_learning_rate
+from ..models.load import load_model, position_limit
+from ..progress import Job, job
+from ..runs.folder import Run
+from ..training.step_log import StepRecord
+from ..training.trainer import refuse_launchers
 from .finetune import train_on
-from .instructions import load_instructions
-from .methods import check_learning_rate
-from .metrics import score_facts
-from .models import load_model, position_limit
-from .progress import Job, job
-from .prompts import Encoded, PromptFormat
-from .recorder import StepRecord
-from .runs import Run
-from .trainer import refuse_launchers
 
 KINDS = ("harmful", "benign")
 # The paper's grids.

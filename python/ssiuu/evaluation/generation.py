@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
-from .prompts import PromptFormat
+from ..data.prompts import PromptFormat
 
 NEW_TOKENS = 48  # at least; see `room_for`
 BATCH = 32

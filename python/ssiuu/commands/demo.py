@@ -12,15 +12,15 @@ from typing import TypeVar
 
 from rich.markup import escape
 
+from ..analysis.influence import diagnose_runs
+from ..data.facts import BUILTIN, Fact, Split, by_subject, check_split, load_facts
+from ..data.prompts import PromptFormat
+from ..evaluation.likelihood import known_facts, score_facts
+from ..models.load import PACKAGED, load_model, position_limit
+from ..progress import console, job
+from ..report.page import summary_table, write_report
+from ..runs.folder import COMPLETE, Run
 from .attack import Attack, attack_run
-from .diagnose import diagnose_runs
-from .facts import BUILTIN, Fact, Split, by_subject, check_split, load_facts
-from .metrics import known_facts, score_facts
-from .models import PACKAGED, load_model, position_limit
-from .progress import console, job
-from .prompts import PromptFormat
-from .report import summary_table, write_report
-from .runs import COMPLETE, Run
 from .unlearn import UnlearnOptions, unlearn
 
 METHODS = ("gd", "ssiuu")

@@ -14,10 +14,10 @@ from rich.table import Table
 
 import ssiuu_kernels as sk
 
-from . import plots
-from .figure_style import colour, save
-from .locks import locked
-from .records import RunRecord, attack_groups, read_runs
+from ..runs.locks import locked
+from ..runs.read import RunRecord, attack_groups, read_runs
+from . import figures as plots
+from .style import colour, save
 
 NOT_RUN = "not run"
 CAPTIONS = {

@@ -11,9 +11,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from .diagnose import KINDS, TOP
-from .figure_style import FAINT, STYLE, colour, from_zero, line_of, method_legend, new_figure, whole_numbers
-from .records import RunRecord, attack_groups
+from ..analysis.influence import KINDS, TOP
+from ..runs.read import RunRecord, attack_groups
+from .style import FAINT, STYLE, colour, from_zero, line_of, method_legend, new_figure, whole_numbers
 
 
 def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:

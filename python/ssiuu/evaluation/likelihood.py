@@ -16,10 +16,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ssiuu_kernels import sequence_log_probs
 
-from .facts import Fact, all_have_options
+from ..data.facts import Fact, all_have_options
+from ..data.prompts import Encoded, PromptFormat
+from ..data.words import WordTokenizer, chosen_option
 from .generation import generate, room_for
-from .prompts import Encoded, PromptFormat
-from .words import WordTokenizer, chosen_option
 
 CHOICE_TOKENS = 12  # at least, for a choice that is written
 SHORTEST_SHARED = 8  # tokens at the start of all prompts that are worth a forward of their own

@@ -20,9 +20,9 @@ from ssiuu_kernels.log_probs import IGNORE_INDEX
 from ssiuu_kernels.loss.objectives import Objective, resolve_objective
 from ssiuu_kernels.loss.unlearning import ONE_BACKWARD, TWO_BACKWARD
 
-from .methods import Method, OptimizerOptions, check_update_in_backward, plain_adamw
-from .prompts import Encoded, PromptFormat
-from .recorder import Recorder, StepRecord, check_finite
+from ..data.prompts import Encoded, PromptFormat
+from ..methods.registry import Method, OptimizerOptions, check_update_in_backward, plain_adamw
+from .step_log import Recorder, StepRecord, check_finite
 
 logger = logging.getLogger(__name__)
 

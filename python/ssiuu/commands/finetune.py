@@ -9,15 +9,15 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
 
-from .evaluate import evaluate_split
-from .facts import BUILTIN, Split, load_facts
-from .methods import check_learning_rate, check_weights_dtype
-from .models import load_model, position_limit
-from .progress import job
-from .prompts import Encoded, PromptFormat
-from .recorder import StepRecord
-from .runs import Run
-from .trainer import RecordedTrainer, Schedule, refuse_launchers, training_arguments
+from ..data.facts import BUILTIN, Split, load_facts
+from ..data.prompts import Encoded, PromptFormat
+from ..evaluation.sets import evaluate_split
+from ..methods.registry import check_learning_rate, check_weights_dtype
+from ..models.load import load_model, position_limit
+from ..progress import job
+from ..runs.folder import Run
+from ..training.step_log import StepRecord
+from ..training.trainer import RecordedTrainer, Schedule, refuse_launchers, training_arguments
 
 logger = logging.getLogger(__name__)
 

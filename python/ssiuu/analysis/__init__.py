@@ -1,0 +1,1 @@
+"""What unlearning did to the neurons: influence variation."""

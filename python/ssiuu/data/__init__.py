@@ -1,0 +1,1 @@
+"""Facts, instructions and prompts: what is read, and how it becomes tokens."""

@@ -1,0 +1,1 @@
+"""Scores of a model on facts: likelihood of the options, generation, ROUGE-L."""

@@ -1,0 +1,1 @@
+"""Run folders: what a run keeps, and how it is read."""

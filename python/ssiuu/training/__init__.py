@@ -1,0 +1,1 @@
+"""Training on transformers' Trainer: schedule, trainers, and the log of every step."""
