@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from .device import DEVICE
+from .harness.device import DEVICE
+from .harness.record import Row, make_table, provenance, write_json
+from .harness.running import run_case
+from .harness.timing import copy_bandwidth
 from .plot import write_docs
-from .record import Row, make_table, provenance, write_json
-from .running import run_case
 from .suites import SUITES
-from .timing import copy_bandwidth
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import Candidate, Tensors
-from .device import DEVICE, ON_GPU
+from .harness.cases import Candidate, Tensors
+from .harness.device import DEVICE, ON_GPU
 
 
 def compiled(function: Callable) -> Callable:

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .record import HEADINGS, Row, cells
+from .harness.record import HEADINGS, Row, cells
 
 OURS, PEER = "#1f6f8b", "#b9c3c9"
 # What a table does not say of itself.

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels import cuda_emulation
+from tests.kernels.rungs import cuda_emulation
 
 # Read by triton when it is first imported: without a GPU its kernels are interpreted, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests.kernels.interpreter import round_to_nearest
+    from tests.kernels.rungs.interpreter import round_to_nearest
 
     round_to_nearest()
 

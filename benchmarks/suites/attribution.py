@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import ssiuu_kernels as sk
 
 from .. import peers
-from ..cases import Candidate, Case, Tensors
-from ..device import DEVICE, ON_GPU
-from ..models import LLAMA_SHAPES, Shape, build
+from ..harness.cases import Candidate, Case, Tensors
+from ..harness.device import DEVICE, ON_GPU
+from ..training.models import LLAMA_SHAPES, Shape, build
 
 SMALL_SHAPES = {"small Llama": Shape(512, 4, 1536, 8, 4, 8192, tied=False)}
 SHAPES = LLAMA_SHAPES if ON_GPU else SMALL_SHAPES

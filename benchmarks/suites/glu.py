@@ -10,8 +10,8 @@ import torch
 import ssiuu_kernels as sk
 
 from .. import peers
-from ..cases import Candidate, Case, Tensors
-from ..device import DEVICE, ON_GPU, backends
+from ..harness.cases import Candidate, Case, Tensors
+from ..harness.device import DEVICE, ON_GPU, backends
 
 # (samples, tokens of each, MLP width), beyond the caches. CPU: Llama-3.2-1B's MLP, and many short samples of SmolLM2's.
 SHAPES = [(4, 512, 8192), (16, 512, 14336), (64, 128, 8192)] if ON_GPU else [(4, 512, 8192), (32, 128, 1536)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ..batch import Trainer
-from ..cases import BudgetCase
-from ..device import ON_GPU
-from ..models import LLAMA_SHAPES, SMOLLM2_135M, parameters
-from ..training import DTYPE, TRAINERS, stepping
-from ..training_gate import TOLERANCES, update_errors
+from ..harness.cases import BudgetCase
+from ..harness.device import ON_GPU
+from ..training.batch import Trainer
+from ..training.gate import TOLERANCES, update_errors
+from ..training.models import LLAMA_SHAPES, SMOLLM2_135M, parameters
+from ..training.trainers import DTYPE, TRAINERS, stepping
 
 NAME, SHAPE = ("Llama-3.1-8B", LLAMA_SHAPES["Llama-3.1-8B"]) if ON_GPU else ("SmolLM2-135M", SMOLLM2_135M)
 BUDGET = (72 if ON_GPU else 4) * 10**9  # 72 GB of a card of 80

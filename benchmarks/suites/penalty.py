@@ -10,8 +10,8 @@ import torch
 import ssiuu_kernels as sk
 
 from .. import peers
-from ..cases import Case, Tensors
-from ..device import DEVICE, ON_GPU, backends
+from ..harness.cases import Case, Tensors
+from ..harness.device import DEVICE, ON_GPU, backends
 
 SIZE = 1 << (28 if ON_GPU else 25)  # on the CPU 32 M scalars: 128 MB a tensor in float32
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -10,8 +10,8 @@ import torch
 import ssiuu_kernels as sk
 
 from .. import peers
-from ..cases import Case, Tensors
-from ..device import DEVICE, backends
+from ..harness.cases import Case, Tensors
+from ..harness.device import DEVICE, backends
 
 SHAPE = (8, 512, 4096)
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

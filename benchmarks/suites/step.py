@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ..cases import StepCase
-from ..device import ON_GPU
-from ..models import LLAMA_SHAPES, SMOLLM2_135M, parameters
-from ..training import DTYPE, TRAINERS, stepping
-from ..training_gate import TOLERANCES, update_errors
+from ..harness.cases import StepCase
+from ..harness.device import ON_GPU
+from ..training.gate import TOLERANCES, update_errors
+from ..training.models import LLAMA_SHAPES, SMOLLM2_135M, parameters
+from ..training.trainers import DTYPE, TRAINERS, stepping
 
 SHAPES = LLAMA_SHAPES if ON_GPU else {"SmolLM2-135M": SMOLLM2_135M}
 # Forget samples, and tokens of each; as many retain samples.

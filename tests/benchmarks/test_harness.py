@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from benchmarks.__main__ import DOCS, RESULTS, main
-from benchmarks.cases import Case
-from benchmarks.gate import errors
-from benchmarks.models import Shape
+from benchmarks.harness.cases import Case
+from benchmarks.harness.gate import errors
+from benchmarks.harness.record import provenance, write_json
+from benchmarks.harness.running import run_case
+from benchmarks.harness.timing import summarise
 from benchmarks.plot import render, write_docs
-from benchmarks.record import provenance, write_json
-from benchmarks.running import run_case
 from benchmarks.suites import SUITES
-from benchmarks.timing import summarise
+from benchmarks.training.models import Shape
 
 
 def doubling(**candidates):

@@ -6,17 +6,17 @@ import weakref
 import pytest
 import torch
 
-from benchmarks.algorithm_1 import algorithm_1, compiled_update, eager_update, one_forward, two_forwards
-from benchmarks.cases import BudgetCase, StepCase
-from benchmarks.memory import MEASURABLE, PeakMemory
-from benchmarks.models import LLAMA_SHAPES, Shape, build, parameters
+from benchmarks.harness.cases import BudgetCase, StepCase
+from benchmarks.harness.memory import MEASURABLE, PeakMemory
+from benchmarks.harness.record import provenance, write_json
+from benchmarks.harness.running import run_case
+from benchmarks.harness.stepping import Turn, largest_within, take_turn, time_steps
 from benchmarks.plot import write_docs
-from benchmarks.record import provenance, write_json
-from benchmarks.running import run_case
-from benchmarks.stepping import Turn, largest_within, take_turn, time_steps
 from benchmarks.suites import memory, step
-from benchmarks.training import TRAINERS, plain_gd, ssiuu
-from benchmarks.training_gate import TOLERANCES, update_errors
+from benchmarks.training.algorithm_1 import algorithm_1, compiled_update, eager_update, one_forward, two_forwards
+from benchmarks.training.gate import TOLERANCES, update_errors
+from benchmarks.training.models import LLAMA_SHAPES, Shape, build, parameters
+from benchmarks.training.trainers import TRAINERS, plain_gd, ssiuu
 
 TINY = Shape(16, 2, 24, 2, 1, 50, tied=True)
 measurable = pytest.mark.skipif(not MEASURABLE, reason="peak memory is read from Linux's /proc")
@@ -69,7 +69,7 @@ def test_a_step_without_its_penalty_does_not_pass(dtype):
 
 
 def test_a_gate_that_could_not_see_the_penalty_says_so(monkeypatch):
-    from benchmarks import training_gate
+    from benchmarks.training import gate as training_gate
 
     monkeypatch.setattr(training_gate, "OPTIONS", training_gate.OPTIONS._replace(penalty_weight=1e-3))
     with pytest.raises(RuntimeError, match="too little to be seen"):
@@ -77,7 +77,7 @@ def test_a_gate_that_could_not_see_the_penalty_says_so(monkeypatch):
 
 
 def test_ours_on_another_path_is_refused(monkeypatch):
-    monkeypatch.setattr("benchmarks.training.ENGINE", "two-backward")
+    monkeypatch.setattr("benchmarks.training.trainers.ENGINE", "two-backward")
     with pytest.raises(RuntimeError, match="two-backward"):
         update_errors({"ours": ssiuu(update_in_backward=False)}, torch.float32, tied=True, checkpointing=False)
 
@@ -149,8 +149,8 @@ def budget_case(monkeypatch):
     """Steps whose peak is 30 bytes a layer for ours and 50 for the peer; a third is wrong, a fourth too large."""
     per_layer = {"ours": 30, "peer": 50, "wrong": 10, "huge": 1000}
 
-    monkeypatch.setattr("benchmarks.running.take_turn", lambda build, steps: Turn([1.0], build()))
-    monkeypatch.setattr("benchmarks.running.MEASURABLE", True)
+    monkeypatch.setattr("benchmarks.harness.running.take_turn", lambda build, steps: Turn([1.0], build()))
+    monkeypatch.setattr("benchmarks.harness.running.MEASURABLE", True)
     return BudgetCase(
         suite="memory",
         name="tiny budget",
@@ -175,7 +175,7 @@ def test_running_out_of_memory_does_not_fit(budget_case, monkeypatch):
     def take(build, steps):
         return Turn([1.0], build()) if build.args[0] < 4 else None
 
-    monkeypatch.setattr("benchmarks.running.take_turn", take)
+    monkeypatch.setattr("benchmarks.harness.running.take_turn", take)
     assert run_case(budget_case, runs=4, copy=1e9)[0]["layers"] == 3
 
 

@@ -10,7 +10,7 @@ import torch
 
 import ssiuu_kernels as sk
 
-from .cases import as_segments, random_rows
+from ..support.cases import as_segments, random_rows
 
 GPU_BACKENDS = [
     pytest.param("native", id="native_cuda", marks=pytest.mark.gpu),

@@ -6,7 +6,7 @@ import torch
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import TARGETS, answer_lengths, target_factor
 
-from .models import logits_of, tiny_batch, tiny_model
+from ..support.models import logits_of, tiny_batch, tiny_model
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -103,7 +103,9 @@ def test_wheel_holds_the_native_module(wheel):
 
 
 def test_wheel_holds_the_data_and_templates(wheel, source):
-    expected = names(source / "python", "ssiuu/data/builtin/*.jsonl") | names(source / "python", "ssiuu/report/templates/*")
+    expected = names(source / "python", "ssiuu/data/builtin/*.jsonl") | names(
+        source / "python", "ssiuu/report/templates/*"
+    )
     assert expected <= set(wheel.namelist())
 
 

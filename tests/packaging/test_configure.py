@@ -10,7 +10,7 @@ from pathlib import Path
 import pybind11
 import pytest
 
-from tests.kernels.cuda_compiled import NVCC
+from tests.kernels.rungs.cuda_compiled import NVCC
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++")

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from ssiuu.cli import app
-from tests.toolkit.run_folders import write_run
+from tests.support.run_folders import write_run
 
 COMMANDS = ("demo", "finetune", "unlearn", "attack", "diagnose", "evaluate", "report", "env")
 

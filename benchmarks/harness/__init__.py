@@ -1,0 +1,1 @@
+"""Cases, the gate before a time, timing, and the record."""
