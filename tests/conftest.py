@@ -1,7 +1,9 @@
-"""Fresh random inputs for every test, and outputs that start as NaN."""
+"""Random inputs that change with every commit, and outputs that start as NaN."""
 
 import os
+import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,25 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] /
 
 # Tiny tensors gain nothing from a second thread, and lose much where the cores are busy.
 torch.set_num_threads(1)
+
+
+def _revision() -> str:
+    """What the random inputs of a run are drawn by: new ones with every commit, the same for all who test that commit.
+
+    SSIUU_TEST_SEED, any text, draws others.
+    """
+    command = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    return os.environ.get("SSIUU_TEST_SEED", found.strip())
+
+
+REVISION = _revision()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(zlib.crc32(REVISION.encode()))
 
 
 def pytest_collection_modifyitems(items):
@@ -69,8 +90,8 @@ def _emulation(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """A new seed each run, printed with a failure."""
-    value = torch.seed() % 2**31
+    """One per test and commit (`_revision`), printed with a failure."""
+    value = zlib.crc32(f"{REVISION} {request.node.nodeid}".encode())
     torch.manual_seed(value)
     request.node.add_report_section("setup", "seed", f"torch.manual_seed({value})")
     return value
