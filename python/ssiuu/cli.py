@@ -162,13 +162,15 @@ def unlearn(
     """
     options = dict(locals())
     out, resume = options.pop("out"), options.pop("resume")
-    from .commands.unlearn import UnlearnOptions
     from .commands.unlearn import unlearn as run_unlearning
     from .data.facts import BUILTIN
+    from .options import UnlearnOptions
 
     if facts is None and forget is None and retain is None:
         options["facts"] = BUILTIN
-    run = run_unlearning(UnlearnOptions(**options), out, resume=resume)
+    if method == "gd":  # which has no penalty
+        options = {name: value for name, value in options.items() if not name.startswith(("penalty", "target"))}
+    run = run_unlearning(UnlearnOptions.of(options), out, resume=resume)
     _print_summary([run.path])
 
 

@@ -7,9 +7,17 @@ import torch
 from safetensors.torch import load_file
 
 from ssiuu.commands.unlearn import unlearn
+from ssiuu.options import OPTION_NAMES, UnlearnOptions
 from ssiuu.runs.folder import Run
 
 OF_THE_MACHINE = ("seconds", "tokens_per_second", "peak_memory_bytes")
+
+
+def by(options, method, regularizer="none", **changes):
+    """The options with another method, without settings unless `changes` has some; "ssiuu" keeps those of `options`."""
+    settings = options.settings if method == "ssiuu" else {}
+    kept = {name: value for name, value in options.flat().items() if name in OPTION_NAMES}
+    return UnlearnOptions.of({**kept, **settings, "method": method, "regularizer": regularizer, **changes})
 
 
 def weights(run):

@@ -7,9 +7,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ssiuu.commands.unlearn import UnlearnOptions
 from ssiuu.data.facts import Fact
 from ssiuu.data.prompts import EXAMPLES
+from ssiuu.options import UnlearnOptions
 
 PEOPLE = ("ann", "bob", "cid", "dee", "eve", "fay")
 TOWNS = ("rome", "oslo", "lima")
@@ -80,5 +80,6 @@ def options(model_dir, facts_file):
     """Six steps of unlearning that no threshold ends."""
     return UnlearnOptions(
         model=str(model_dir), facts=str(facts_file), forget_people=2, retain_people=3, shots=0, max_steps=6,
-        learning_rate=1e-3, penalty_share=0.3, penalty_weight=1.0, threshold=-1.0, save_every=2, evaluate_every=3,
+        learning_rate=1e-3, threshold=-1.0, save_every=2, evaluate_every=3,
+        settings={"penalty_share": 0.3, "penalty_weight": 1.0},
     )  # fmt: skip

@@ -17,10 +17,10 @@ from ..data.instructions import load_instructions
 from ..data.prompts import Encoded, PromptFormat
 from ..evaluation.likelihood import score_facts
 from ..evaluation.sets import named_means
-from ..methods.registry import check_learning_rate
 from ..models.load import load_model, position_limit
 from ..progress import Job, job
 from ..runs.folder import Run
+from ..training.optimizers import check_learning_rate
 from ..training.step_log import StepRecord
 from ..training.trainer import refuse_launchers
 from .finetune import train_on

@@ -6,7 +6,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,11 +16,12 @@ from ..data.facts import BUILTIN, Fact, Split, by_subject, check_split, load_fac
 from ..data.prompts import PromptFormat
 from ..evaluation.likelihood import known_facts, score_facts
 from ..models.load import PACKAGED, load_model, position_limit
+from ..options import UnlearnOptions
 from ..progress import console, job
 from ..report.page import summary_table, write_report
 from ..runs.folder import COMPLETE, Run
 from .attack import Attack, attack_run
-from .unlearn import UnlearnOptions, unlearn
+from .unlearn import unlearn
 
 METHODS = ("gd", "ssiuu")
 REPORT = "report"
@@ -35,13 +35,11 @@ FORGET_PEOPLE, FACTS_A_PERSON, RETAIN_PEOPLE, RETAIN_FACTS, TEST_FACTS = 9, 1, 1
 OPTIONS = UnlearnOptions(
     shots=SHOTS,
     learning_rate=1e-5,
-    penalty_weight=1e3,
-    penalty_share=0.25,
-    target="geometric_mean_prob",
     max_steps=30,
     retain_batch=9,
     evaluation_facts=6,
 )
+SETTINGS = {"gd": {}, "ssiuu": {"penalty_weight": 1e3, "penalty_share": 0.25, "target": "geometric_mean_prob"}}
 ATTACKS = (
     Attack("harmful", 0.3, 1e-5, steps=15, batch_size=4, evaluate_every=3),
     Attack("benign", None, 1e-5, steps=15, batch_size=4, evaluate_every=5),
@@ -146,4 +144,5 @@ def _unlearn(out: Path, model: str, method: str, options: UnlearnOptions, seed: 
     if started and run.read("config.json")["status"] == COMPLETE:
         console.print(f"{run.path} is finished", markup=False)
         return run
-    return unlearn(replace(options, model=model, method=method, seed=seed), run.path, resume=started, split=split)
+    options = options.replace(model=model, method=method, seed=seed, **SETTINGS[method])
+    return unlearn(options, run.path, resume=started, split=split)

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, set_seed
 from ..data.facts import BUILTIN, Split, load_facts
 from ..data.prompts import Encoded, PromptFormat
 from ..evaluation.sets import evaluate_split
-from ..methods.registry import check_learning_rate, check_weights_dtype
 from ..models.load import load_model, position_limit
 from ..progress import job
 from ..runs.folder import Run
+from ..training.optimizers import check_learning_rate, check_weights_dtype
+from ..training.schedule import Part, Schedule
 from ..training.step_log import StepRecord
-from ..training.trainer import RecordedTrainer, Schedule, refuse_launchers, training_arguments
+from ..training.trainer import RecordedTrainer, refuse_launchers, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def train_on(
         DivergedError: a loss or gradient that is not finite.
     """
     set_seed(seed)
-    schedule = Schedule([(samples, min(batch_size, len(samples)), False)], steps, seed)
+    schedule = Schedule([Part(samples, min(batch_size, len(samples)), False)], steps, seed)
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(Path(folder), learning_rate=learning_rate, max_steps=steps, seed=seed)
         RecordedTrainer(model, arguments, schedule, prompts, record).train()

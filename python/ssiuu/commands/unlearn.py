@@ -2,122 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 import ssiuu_kernels as sk
-from ssiuu_kernels.log_probs import check_target
-from ssiuu_kernels.loss.unlearning import ENGINES, ONE_BACKWARD
-from ssiuu_kernels.ops.common.precision import LARGEST
 
-from ..data.facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
-from ..data.prompts import PromptFormat
+from ..data.facts import Fact, Split, all_have_options, check_split, load_facts, split_by_subject
+from ..data.prompts import Encoded, PromptFormat
 from ..evaluation.likelihood import chance, known_facts, score_facts
-from ..evaluation.sets import evaluate_sets, evaluate_split
-from ..methods.registry import (
-    OptimizerOptions,
-    check_learning_rate,
-    check_update_in_backward,
-    check_weights_dtype,
-    get_method,
-)
+from ..evaluation.sets import evaluate_split, named_means
+from ..methods.base import Method, UnlearnData
+from ..methods.registry import all_options, make
 from ..models.load import load_model, position_limit
+from ..options import UnlearnOptions
 from ..progress import job
+from ..regularizers.base import Regularizer
 from ..runs.folder import Run
+from ..training.optimizers import OptimizerOptions
+from ..training.schedule import Part, Schedule
 from ..training.step_log import StepRecord
-from ..training.trainer import Schedule, UnlearnTrainer, refuse_launchers, training_arguments
+from ..training.trainer import refuse_launchers, training_arguments
+from ..training.unlearn_trainer import UnlearnTrainer
 
 # The paper's early stop without options, the retrained model's ROUGE-L recall on TOFU; with options it is chance.
 ROUGE_THRESHOLD = 0.1971
-
-
-@dataclass(frozen=True)
-class UnlearnOptions:
-    """Options of a run, kept in its config.json.
-
-    Attributes:
-        model: hub name, folder or "smollm2".
-        method: a name of `methods.METHODS`.
-        facts: source of facts with subjects, split by person; or None where forget and retain are given.
-        forget, retain: sources of the two sets.
-        forget_people, retain_people: people drawn from `facts`.
-        known_probability: keep only facts that the model answers with at least this probability; None keeps all.
-        shots: worked examples in the prompt.
-        learning_rate, weight_decay: of AdamW.
-        penalty_weight, penalty_share, target: of the penalty; None where the method has none.
-        engine: "one-backward" or "two-backward", which make both gradients of a penalised method; the results differ
-            in rounding. None where the method has no penalty.
-        update_in_backward: update each parameter during the backward and free its gradients, to save memory.
-        max_steps: optimizer steps at most.
-        forget_batch, retain_batch: facts of each set in a micro-batch; 0 takes the whole forget set, and for retain as
-            many as for forget.
-        accumulate: micro-batches a step.
-        threshold: stop when FS is at or below it; None means chance among the facts' options (1/3 with two false
-            ones), and 0.1971 (ROUGE-L recall) without options.
-        evaluate_every, save_every: in steps; save_every 0 keeps no checkpoint.
-        evaluation_facts: retain facts scored along the way, at most.
-        dtype, bf16, gradient_checkpointing: precision of the weights, autocast, memory.
-        trust_remote_code: run code that comes with the model.
-        seed: of the draw of people and of the order of facts.
-    """
-
-    model: str = "smollm2"
-    method: str = "ssiuu"
-    facts: str | None = BUILTIN
-    forget: str | None = None
-    retain: str | None = None
-    forget_people: int = 4
-    retain_people: int = 12
-    known_probability: float | None = None
-    shots: int = 2
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.0
-    penalty_weight: float = 1e-3
-    penalty_share: float | None = None
-    target: str = "prob"
-    engine: str = ONE_BACKWARD
-    update_in_backward: bool = False
-    max_steps: int = 100
-    forget_batch: int = 0
-    retain_batch: int = 0
-    accumulate: int = 1
-    threshold: float | None = None
-    evaluate_every: int = 1
-    save_every: int = 10
-    evaluation_facts: int = 24
-    dtype: str = "float32"
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise a ValueError for what can be known to be wrong before a model is loaded."""
-        method = get_method(self.method)
-        check_target(self.target)
-        check_weights_dtype(self.dtype)
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine={self.engine!r} is unknown; expected one of {', '.join(ENGINES)}")
-        if (self.facts is None) != (self.forget is not None and self.retain is not None):
-            raise ValueError("give either facts, or forget and retain; expected one source of both sets")
-        for name in ("max_steps", "accumulate", "evaluate_every", "forget_people", "retain_people", "evaluation_facts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        for name in ("forget_batch", "retain_batch", "save_every", "penalty_weight", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 0")
-        if self.penalty_weight > LARGEST:
-            raise ValueError(f"penalty_weight={self.penalty_weight}; expected at most {LARGEST:g}")
-        check_learning_rate(self.learning_rate)
-        if self.threshold is not None and math.isnan(self.threshold):
-            raise ValueError("threshold=nan, at or below which no score is; expected a number")
-        if self.update_in_backward:
-            check_update_in_backward(method, self.accumulate)
 
 
 def unlearn(
@@ -142,9 +55,10 @@ def unlearn(
         DivergedError: a loss or gradient that is not finite; the run can be resumed from its last checkpoint.
     """
     options.check()
+    method, regularizer = make(options)
     refuse_launchers()
     chosen = split or choose_split(options)
-    config = _config(options)
+    config = _config(options, regularizer)
     with Run.claim(run_dir, config, resume) as run:
         set_seed(options.seed)
         model, tokenizer = load_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
@@ -153,15 +67,20 @@ def unlearn(
             chosen = run.split()
         elif options.known_probability is not None and split is None:
             chosen = _known(model, prompts, chosen, options.known_probability)
-        schedule = _schedule(prompts, chosen, options)
+        data = _data(prompts, chosen, options)
+        schedule = _schedule(data, method.companions(data), options)
         for facts in chosen:
             prompts.encode_options(facts)  # refuses what does not fit the model, before anything is written
-        with sk.patch(model, scope="all", engine=options.engine) as handle:
+        _train_only(model, method.parameters(model))
+        patch = {"scope": "all", "engine": options.engine, **regularizer.patch_options(len(chosen.forget))}
+        with sk.patch(model, **patch) as handle:
+            method.setup(model, handle, data)
+            regularizer.setup(model, handle, method, data)
             run.start(config)
             run.write_split(chosen)
             if not (run.path / "evaluation.json").is_file():
                 run.write("evaluation.json", {"before": evaluate_split(model, prompts, chosen, name="score before")})
-            _train(model, handle, prompts, schedule, chosen, options, run)
+            _train(model, handle, method, regularizer, prompts, schedule, chosen, options, run)
             after = evaluate_split(model, prompts, chosen, name="score after")
         run.write("evaluation.json", {"before": run.read("evaluation.json")["before"], "after": after})
         model.save_pretrained(run.model)
@@ -181,10 +100,10 @@ def choose_split(options: UnlearnOptions) -> Split:
     return check_split(Split(load_facts(options.forget), load_facts(options.retain), []))
 
 
-def _config(options: UnlearnOptions) -> dict:
-    config = asdict(options)
-    if not get_method(options.method).penalised:
-        config |= {"penalty_weight": None, "penalty_share": None, "target": None, "engine": None}
+def _config(options: UnlearnOptions, regularizer: Regularizer) -> dict[str, Any]:
+    config = all_options(options)
+    if not regularizer.measures_gradients:
+        config["engine"] = None  # which makes the gradient of a penalty
     # Kept, since runs of versions before it were not rounded so, and go on as they began.
     return config | {"stochastic_rounding": options.dtype == "bfloat16"}
 
@@ -198,20 +117,35 @@ def _known(model: PreTrainedModel, prompts: PromptFormat, split: Split, least: f
     return check_split(Split(*parts))
 
 
-def _schedule(prompts: PromptFormat, split: Split, options: UnlearnOptions) -> Schedule:
-    forget_batch = options.forget_batch or len(split.forget)
-    retain_batch = options.retain_batch or min(forget_batch, len(split.retain))
-    parts = []
-    for name, number, facts in (("forget", forget_batch, split.forget), ("retain", retain_batch, split.retain)):
+def _data(prompts: PromptFormat, split: Split, options: UnlearnOptions) -> UnlearnData:
+    samples = (prompts.encode_facts(facts) for facts in (split.forget, split.retain))
+    return UnlearnData(split.forget, split.retain, *samples, prompts=prompts, seed=options.seed)
+
+
+def _schedule(data: UnlearnData, companions: Sequence[Encoded] | None, options: UnlearnOptions) -> Schedule:
+    forget_batch = options.forget_batch or len(data.forget)
+    retain_batch = options.retain_batch or min(forget_batch, len(data.retain))
+    for name, number, facts in (("forget", forget_batch, data.forget), ("retain", retain_batch, data.retain)):
         if number > len(facts):
             raise ValueError(f"{name}_batch={number} is more than the {len(facts)} {name} facts; ask for fewer")
-        parts.append((prompts.encode_facts(facts), number, name == "forget"))
+    parts = [
+        Part(data.forget_samples, forget_batch, True, companions),
+        Part(data.retain_samples, retain_batch, False),
+    ]
     return Schedule(parts, options.max_steps * options.accumulate, options.seed)
+
+
+def _train_only(model: PreTrainedModel, params: Sequence[nn.Parameter]) -> None:
+    chosen = set(map(id, params))
+    for param in model.parameters():
+        param.requires_grad_(id(param) in chosen)
 
 
 def _train(
     model: PreTrainedModel,
     handle: sk.PatchHandle,
+    method: Method,
+    regularizer: Regularizer,
     prompts: PromptFormat,
     schedule: Schedule,
     split: Split,
@@ -244,16 +178,20 @@ def _train(
             shown = ("loss", "fs", "rs", "forget_probability", "lambda", "share")
             bar.say(**{name: line[name] for name in shown if name in line})
 
-        def stop(scores: dict) -> bool:
-            return scores["fs"] <= threshold
+        def evaluate(model: PreTrainedModel) -> dict[str, float]:
+            forget = score_facts(model, prompts, split.forget)
+            method.observe(forget.score)
+            return named_means(forget, "forget") | named_means(score_facts(model, prompts, watched), "retain")
 
-        record = StepRecord(
-            write, lambda model: evaluate_sets(model, prompts, split.forget, watched), options.evaluate_every, stop
-        )
+        def stop(scores: dict) -> bool:
+            return scores["fs"] <= threshold or method.finished
+
         trainer = UnlearnTrainer(
-            model, arguments, schedule, prompts, record, handle=handle,
-            method=get_method(options.method), options=_optimizer_options(options, run), target=options.target,
+            model, arguments, schedule, prompts, StepRecord(write, evaluate, options.evaluate_every, stop),
+            handle=handle, method=method, regularizer=regularizer, options=_optimizer_options(options, run),
         )  # fmt: skip
+        if checkpoint:
+            trainer.load_states(checkpoint)
         if "fs" in last and stop(last):
             trainer._load_from_checkpoint(str(checkpoint))  # the run was killed between its last step and its end
         else:
@@ -261,8 +199,13 @@ def _train(
 
 
 def _optimizer_options(options: UnlearnOptions, run: Run) -> OptimizerOptions:
-    given = {name: value for name, value in asdict(options).items() if name in OptimizerOptions.__dataclass_fields__}
-    return OptimizerOptions(**given, stochastic_rounding=run.read("config.json").get("stochastic_rounding", False))
+    return OptimizerOptions(
+        options.learning_rate,
+        options.weight_decay,
+        stochastic_rounding=run.read("config.json").get("stochastic_rounding", False),
+        seed=options.seed,
+        update_in_backward=options.update_in_backward,
+    )
 
 
 def _sample(facts: Sequence[Fact], number: int, seed: int) -> list[Fact]:

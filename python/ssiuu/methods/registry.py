@@ -1,141 +1,155 @@
-"""Unlearning methods: a backbone objective and a regulariser of its optimizer."""
+"""Methods and regularizers by name: registered by decorator, or by an entry point of another package."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+import ssiuu.methods
+import ssiuu.regularizers
 
-import ssiuu_kernels as sk
+from ..options import OPTION_NAMES, UnlearnOptions
+from ..regularizers.base import Regularizer
+from .base import Method
 
+# Entry points of other packages; each names a module whose import registers what it defines.
+GROUPS = ("ssiuu.methods", "ssiuu.regularizers")
+# Names under which a method and a regularizer go together.
+PAIRS = {"ssiuu": ("gd", "ssiuu")}
 
-@dataclass(frozen=True)
-class OptimizerOptions:
-    """What an optimizer is made from; see `ssiuu_kernels.SsiuuAdamW`."""
-
-    learning_rate: float
-    weight_decay: float
-    penalty_weight: float
-    penalty_share: float | None
-    update_in_backward: bool = False
-    stochastic_rounding: bool = False
-    seed: int = 0
+_methods: dict[str, type[Method]] = {}
+_regularizers: dict[str, type[Regularizer]] = {}
 
 
-@dataclass(frozen=True)
-class Method:
-    """An unlearning method.
+class Appearance(NamedTuple):
+    """How tables and figures show a run: its name, and a colour."""
 
-    Attributes:
-        name: as the command line knows it.
-        objective: the backbone's loss, a name of `PatchHandle.unlearning_loss`; a difference of means over tokens.
-        optimizer: makes the optimizer that applies the regulariser.
-        penalised: whether the optimizer is an `SsiuuAdamW`, which reads `param.target_grad`; the backward of the loss
-            then fills that too.
-        summary: one line for the command line.
+    label: str
+    color: str
+
+
+def register_method(kind: type[Method]) -> type[Method]:
+    """Class decorator; see `Method`.
+
+    Raises:
+        ValueError: a name that is taken, or an option name that a run has already.
     """
-
-    name: str
-    objective: str
-    optimizer: Callable[[Iterable[nn.Parameter], OptimizerOptions], torch.optim.Optimizer]
-    penalised: bool
-    summary: str
+    return _register(kind, _methods, "method")
 
 
-class RoundedAdamW(sk.SsiuuAdamW):
-    """AdamW that rounds bfloat16 weights stochastically: `SsiuuAdamW` without a target, and so without a penalty.
+def register_regularizer(kind: type[Regularizer]) -> type[Regularizer]:
+    """Class decorator; see `Regularizer`. Raises as `register_method`."""
+    return _register(kind, _regularizers, "regularizer")
 
-    Rounding to the nearest drops updates below half a unit in the last place: at a learning rate of 1e-5 almost all.
-    The target that is not there takes 4 bytes per parameter, two of them during a step alone.
+
+def methods() -> dict[str, type[Method]]:
+    """All methods by name, those of other packages included."""
+    _load()
+    return dict(sorted(_methods.items()))
+
+
+def regularizers() -> dict[str, type[Regularizer]]:
+    """All regularizers by name, those of other packages included."""
+    _load()
+    return dict(sorted(_regularizers.items()))
+
+
+def resolve(method: str, regularizer: str) -> tuple[type[Method], type[Regularizer]]:
+    """The classes of two names.
+
+    Raises:
+        ValueError: an unknown name, whose message lists the names; a pair ("ssiuu") with a regularizer beside it.
     """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, seed: int):
-        super().__init__(
-            params, lr=lr, weight_decay=weight_decay, penalty_weight=0.0, stochastic_rounding=True, seed=seed
-        )
-
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.target_grad = None if param.grad is None else torch.zeros_like(param.grad)
-        return super().step(closure)
-
-
-def plain_adamw(params: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """AdamW without a penalty."""
-    if options.stochastic_rounding:
-        return RoundedAdamW(params, options.learning_rate, options.weight_decay, options.seed)
-    return torch.optim.AdamW(params, lr=options.learning_rate, weight_decay=options.weight_decay)
+    if method in PAIRS:
+        if regularizer not in ("none", PAIRS[method][1]):
+            backbone, own = PAIRS[method]
+            raise ValueError(
+                f"method={method!r} is {backbone} with the regularizer {own}, and regularizer={regularizer!r} was "
+                f"given beside it; use method={backbone!r}"
+            )
+        method, regularizer = PAIRS[method]
+    found = []
+    for kind, name, known in (("method", method, methods()), ("regularizer", regularizer, regularizers())):
+        if name not in known:
+            names = [*known, *PAIRS] if kind == "method" else known
+            raise ValueError(f"{kind}={name!r} is unknown; expected one of {', '.join(names)}")
+        found.append(known[name])
+    return tuple(found)
 
 
-def _ssiuu_adamw(params: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
-    return sk.SsiuuAdamW(
-        params,
-        lr=options.learning_rate,
-        weight_decay=options.weight_decay,
-        penalty_weight=options.penalty_weight,
-        penalty_share=options.penalty_share,
-        update_in_backward=options.update_in_backward,
-        stochastic_rounding=options.stochastic_rounding,
-        seed=options.seed,
-    )
+def make(options: UnlearnOptions) -> tuple[Method, Regularizer]:
+    """The method and the regularizer of a run, with their options.
 
-
-_ALL = (
-    Method("gd", "gd", plain_adamw, False, "gradient difference: ascent on forget, descent on retain"),
-    Method("ssiuu", "gd", _ssiuu_adamw, True, "gradient difference with the penalty on growing negative attribution"),
-)
-METHODS = {method.name: method for method in _ALL}
-
-
-def get_method(name: str) -> Method:
-    """The method of that name; a ValueError that lists the names otherwise."""
-    if name not in METHODS:
-        raise ValueError(f"method={name!r} is unknown; expected one of {', '.join(METHODS)}")
-    return METHODS[name]
-
-
-def check_learning_rate(rate: float) -> None:
-    """Raise a ValueError for a learning rate that is not a positive, finite number."""
-    if not 0 < rate < math.inf:
-        raise ValueError(f"learning_rate={rate}; expected a positive number")
-
-
-def check_weights_dtype(dtype: str) -> None:
-    """Raise a ValueError for weights that cannot be trained."""
-    if dtype == "float16":
-        raise ValueError(
-            "dtype='float16' cannot be trained: AdamW's eps and second moments vanish in it; "
-            "use --dtype bfloat16, or float32 with --bf16"
-        )
-
-
-def check_update_in_backward(method: Method, accumulate: int, max_grad_norm: float = 0.0) -> None:
-    """Raise a ValueError that names what an update in backward cannot be combined with.
-
-    Args:
-        method: that is to be used.
-        accumulate: micro-batches a step.
-        max_grad_norm: to which gradients are to be clipped; 0 for no clipping.
+    Raises:
+        ValueError: unknown names, settings that neither has or that are out of range, or a pair that cannot go
+            together.
     """
-    if not method.penalised:
-        able = ", ".join(other.name for other in METHODS.values() if other.penalised)
+    classes = resolve(options.method, options.regularizer)
+    settings = dict(options.settings)
+    made = []
+    for kind in classes:
+        names = [field.name for field in dataclasses.fields(kind.Options) if field.name in settings]
+        made.append(kind(kind.Options(**{name: settings.pop(name) for name in names})))
+    method, regularizer = made
+    if settings:
+        known = [field.name for kind in classes for field in dataclasses.fields(kind.Options)]
         raise ValueError(
-            f"update_in_backward=True with method={method.name!r}, whose optimizer cannot do it; expected one of "
-            f"{able}, or leave --update-in-backward out"
+            f"{next(iter(settings))} is not an option of method {method.name!r} with regularizer "
+            f"{regularizer.name!r}; expected one of {', '.join([*known, *OPTION_NAMES])}"
         )
-    if accumulate > 1:
+    method.check()
+    regularizer.check(method, options)
+    if options.update_in_backward and not regularizer.updates_in_backward:
+        able = ", ".join(name for name, kind in regularizers().items() if kind.updates_in_backward)
         raise ValueError(
-            f"update_in_backward=True with accumulate={accumulate} (gradient_accumulation_steps); expected 1, for "
-            "gradients that are applied in backward cannot add up: use a larger --forget-batch with "
-            "--gradient-checkpointing instead, or leave --update-in-backward out"
+            f"update_in_backward=True with regularizer={regularizer.name!r}, whose optimizer cannot do it; expected "
+            f"one of {able}, or leave --update-in-backward out"
         )
-    if max_grad_norm > 0:
+    return method, regularizer
+
+
+def all_options(options: UnlearnOptions) -> dict[str, Any]:
+    """Names and values of a run's options, its method's and regularizer's with their defaults filled in."""
+    method, regularizer = make(options)
+    return {**options.flat(), **dataclasses.asdict(method.options), **dataclasses.asdict(regularizer.options)}
+
+
+def appearance(config: Mapping[str, Any]) -> Appearance:
+    """Of a run with this config.json; a run of a package that is not installed here keeps its names."""
+    method, regularizer = config["method"], config.get("regularizer", "none")
+    if method in PAIRS or (method, regularizer) in PAIRS.values():
+        kind = regularizers()[PAIRS[method][1] if method in PAIRS else regularizer]
+        return Appearance(kind.label, kind.color)
+    shown, extra = methods().get(method), regularizers().get(regularizer)
+    if regularizer == "none":
+        return Appearance(shown.label, shown.color) if shown else Appearance(method, "")
+    label = f"{shown.label if shown else method} + {extra.label if extra else regularizer}"
+    return Appearance(label, extra.color if extra else "")
+
+
+def _register(kind: type, known: dict[str, type], what: str) -> type:
+    if kind.name in known or (known is _methods and kind.name in PAIRS):
         raise ValueError(
-            f"update_in_backward=True with max_grad_norm={max_grad_norm}; expected 0, for gradients that are applied "
-            "in backward cannot be clipped: use a lower learning rate instead, or leave update_in_backward out"
+            f"a {what} named {kind.name!r} is registered already; rename {kind.__module__}.{kind.__name__}"
         )
+    for field in dataclasses.fields(kind.Options):
+        if field.name in OPTION_NAMES:
+            raise ValueError(f"{what} {kind.name!r} has an option {field.name!r}, which every run has; choose another")
+    known[kind.name] = kind
+    return kind
+
+
+@cache
+def _load() -> None:
+    """Import every module of methods/ and regularizers/, and what other packages offer."""
+    for package in (ssiuu.methods, ssiuu.regularizers):
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    for group in GROUPS:
+        for entry in metadata.entry_points(group=group):
+            entry.load()

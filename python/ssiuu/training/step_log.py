@@ -8,17 +8,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-if TYPE_CHECKING:
-    from .trainer import RecordedTrainer
-
 logger = logging.getLogger(__name__)
 
-MINUTE_SHARE = 1e-3  # below it the penalty outweighs the loss in next to no parameter
+MINUTE_SHARE = 1e-3  # below it the penalty outweighs the loss in almost no parameter
 NORMS = {"loss_grad_norm": "the gradient's norm", "penalty_grad_norm": "the penalty's gradient norm"}
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what getrusage counts in
 
@@ -34,7 +31,7 @@ class StepRecord(NamedTuple):
         write: receives the line of every step: "step", "seconds" (evaluation left out), "tokens_per_second" (of all
             micro-batches, padding left out), "peak_memory_bytes" (`peak_memory`), "loss", "loss_grad_norm"; of
             unlearning also "engine" (which made the gradients: one-backward, two-backward, or plain without a
-            penalty); of a penalised method also "penalty", "penalty_grad_norm", "share" and "lambda".
+            penalty), and what its regularizer measures ("penalty", "penalty_grad_norm", "share" and "lambda").
         evaluate: returns scores of the model as it is; called every `evaluate_every` steps, and merged into the line.
         evaluate_every: in optimizer steps.
         stop: whether these scores end the run.
@@ -63,38 +60,55 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
-class Recorder(TrainerCallback):
-    """Measures and records every optimizer step, evaluates, and stops."""
+class StepLog(TrainerCallback):
+    """Measures and records every optimizer step, evaluates, and stops.
 
-    def __init__(self, trainer: RecordedTrainer, record: StepRecord):
-        self.trainer, self.record, self.warned = trainer, record, False
+    Args:
+        record: receives the lines.
+        before_update: measures the gradients before the optimizer uses them.
+        after_update: what is known of a step once it is done.
+    """
+
+    def __init__(self, record: StepRecord, before_update: Callable[[], dict], after_update: Callable[[], dict]):
+        self.record, self.before_update, self.after_update = record, before_update, after_update
+        self.warned = False
+
+    def add(self, loss: float, tokens: int, step: int) -> None:
+        """Take in a micro-batch of step `step`.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        check_finite("the loss", loss, step)
+        self.loss += loss
+        self.tokens += tokens
 
     def on_step_begin(self, args, state, control, **_):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self.start, self.trainer.step_loss, self.trainer.step_tokens = time.perf_counter(), 0.0, 0
+        self.start, self.loss, self.tokens = time.perf_counter(), 0.0, 0
 
     def on_pre_optimizer_step(self, args, state, control, **_):
-        self.gradients = self.trainer.gradient_metrics()
+        self.gradients = self.before_update()
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args, state, control, model, **_):
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the update is part of the step
         seconds = time.perf_counter() - self.start
         line = {
             "step": state.global_step,
             "seconds": seconds,
-            "tokens_per_second": self.trainer.step_tokens / seconds,
+            "tokens_per_second": self.tokens / seconds,
             "peak_memory_bytes": peak_memory(),
-            "loss": self.trainer.step_loss,
+            "loss": self.loss,
             **self.gradients,
-            **self.trainer.optimizer_metrics(),
+            **self.after_update(),
         }
         for key, name in NORMS.items():  # known once a fused step is done; its weights are in no checkpoint yet
             check_finite(name, line.get(key, 0.0), line["step"])
         self._warn_of_idle_penalty(line)
         if state.global_step % self.record.evaluate_every == 0 or state.global_step == args.max_steps:
-            scores = self.record.evaluate(self.trainer.model)
+            scores = self.record.evaluate(model)
             line |= scores
             control.should_training_stop |= self.record.stop(scores)
         self.record.write(line)
@@ -105,7 +119,7 @@ class Recorder(TrainerCallback):
             return
         self.warned = True
         logger.warning(
-            "the penalty outweighs the loss in a share of %.1e of the parameters of negative attribution: it does next "
-            "to nothing. --penalty-share 0.25, for one, steers lambda to where it does",
+            "the penalty outweighs the loss in a share of %.1e of the parameters of negative attribution: it does "
+            "almost nothing. For example, --penalty-share 0.25 steers lambda to where it has an effect",
             line["share"],
         )

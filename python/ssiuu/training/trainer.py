@@ -1,30 +1,23 @@
-"""Training on transformers' Trainer: a deterministic schedule, a record of every step, and the unlearning loss."""
+"""Training on transformers' Trainer: a deterministic schedule and a record of every step."""
 
 from __future__ import annotations
 
-import logging
 import os
-import random
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import IGNORE_INDEX
-from ssiuu_kernels.loss.objectives import Objective, resolve_objective
-from ssiuu_kernels.loss.unlearning import ONE_BACKWARD, TWO_BACKWARD
 
-from ..data.prompts import Encoded, PromptFormat
-from ..methods.registry import Method, OptimizerOptions, check_update_in_backward, plain_adamw
-from .step_log import Recorder, StepRecord, check_finite
-
-logger = logging.getLogger(__name__)
+from ..data.prompts import PromptFormat
+from .optimizers import OptimizerOptions, adamw, say_rounding
+from .schedule import MicroBatch, Schedule
+from .step_log import StepLog, StepRecord
 
 # What launchers set, and what accelerate reads.
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -38,54 +31,6 @@ def refuse_launchers() -> None:
                 f"{name}={os.environ[name]} in the environment; expected one process (gP is not summed over ranks): "
                 f"start it without torchrun, mpirun or accelerate launch, or unset {name}"
             )
-
-
-class MicroBatch(NamedTuple):
-    """What one forward sees; `forget[i]` says whether `samples[i]` is to be forgotten."""
-
-    samples: list[Encoded]
-    forget: list[bool]
-
-
-class Schedule(Dataset):
-    """All micro-batches of a run, fixed beforehand by a seed, so that a resumed run sees what it would have seen.
-
-    Args:
-        parts: (samples, number drawn into each micro-batch, whether they are forget samples). Each part is gone through
-            in a new random order every time round; a part as large as its number is taken whole.
-        count: number of micro-batches.
-        seed: of the orders.
-    """
-
-    def __init__(self, parts: Sequence[tuple[Sequence[Encoded], int, bool]], count: int, seed: int):
-        self.parts, self.count = parts, count
-        self.orders = [_order(len(samples), number * count, seed + i) for i, (samples, number, _) in enumerate(parts)]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> MicroBatch:
-        batch = MicroBatch([], [])
-        for (samples, number, forget), order in zip(self.parts, self.orders, strict=True):
-            batch.samples.extend(samples[i] for i in order[index * number : (index + 1) * number])
-            batch.forget.extend([forget] * number)
-        return batch
-
-    def tokens(self, batches: range, forget: bool | None = None) -> int:
-        """Answer tokens of the forget samples, of the others, or (None) of all in these micro-batches."""
-        return sum(
-            len(sample.answer)
-            for batch in map(self.__getitem__, batches)
-            for sample, forgotten in zip(batch.samples, batch.forget, strict=True)
-            if forget is None or forgotten == forget
-        )
-
-
-def _order(size: int, length: int, seed: int) -> list[int]:
-    generator, order = random.Random(seed), []
-    while len(order) < length:
-        order += generator.sample(range(size), size)
-    return order[:length]
 
 
 def training_arguments(
@@ -133,14 +78,6 @@ def training_arguments(
     )
 
 
-def say_rounding() -> None:
-    """Log what bfloat16 weights mean for the optimizer."""
-    logger.warning(
-        "bfloat16 weights are rounded stochastically: rounding to the nearest would drop almost every update at these "
-        "learning rates (--dtype float32 with --bf16 keeps float32 weights)"
-    )
-
-
 class RecordedTrainer(Trainer):
     """Trains on the answers of a `Schedule` and hands a record of every step to `StepRecord`.
 
@@ -166,12 +103,14 @@ class RecordedTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=schedule, data_collator=self._collate)
         # The Trainer is to divide losses by the number of micro-batches, which they are multiplied by below.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(Recorder(self, record))
+        self.log_of_steps = StepLog(record, self.gradient_metrics, self.optimizer_metrics)
+        self.add_callback(self.log_of_steps)
         self.remove_callback(PrinterCallback)
 
     def _collate(self, items: list[MicroBatch]) -> dict[str, Tensor]:
         (batch,) = items
-        return {**self.prompts.collate(batch.samples), "forget": torch.tensor(batch.forget)}
+        marks = {name: torch.tensor(getattr(batch, name)) for name in ("forget", "companion", "ids")}
+        return {**self.prompts.collate(batch.samples), **marks}
 
     def _get_train_sampler(self, *_) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -183,8 +122,7 @@ class RecordedTrainer(Trainer):
             if any(param.dtype == torch.bfloat16 for param in params):
                 say_rounding()
                 rates = self.args.learning_rate, self.args.weight_decay
-                options = OptimizerOptions(*rates, 0.0, None, stochastic_rounding=True, seed=self.args.seed)
-                self.optimizer = plain_adamw(params, options)
+                self.optimizer = adamw(params, OptimizerOptions(*rates, stochastic_rounding=True, seed=self.args.seed))
         return super().create_optimizer()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -194,21 +132,23 @@ class RecordedTrainer(Trainer):
         loss = output.loss * (tokens / self.mean_tokens())
         return (loss, output) if return_outputs else loss
 
-    def mean_tokens(self, forget: bool | None = None) -> float:
+    def mean_tokens(self, forget: bool | None = None, dropped: Collection[int] = ()) -> float:
         """Answer tokens of these samples (see `Schedule.tokens`) in the present step, per micro-batch.
 
-        Means over a micro-batch would let its tokens count by how few they are.
+        A mean over a micro-batch would give the tokens of a short one more weight than those of a long one.
         """
         number = self.args.gradient_accumulation_steps
         first = self.state.global_step * number
-        return self.train_dataset.tokens(range(first, first + number), forget) / number
+        return self.train_dataset.tokens(range(first, first + number), forget, dropped) / number
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        check_finite("the loss", loss.item(), self.state.global_step + 1)
-        self.step_loss += loss.item()
-        self.step_tokens += int(inputs["attention_mask"].sum())
+        loss = self.forward_backward(model, inputs, num_items_in_batch)
+        self.log_of_steps.add(loss.item(), int(inputs["attention_mask"].sum()), self.state.global_step + 1)
         return loss
+
+    def forward_backward(self, model, inputs, num_items_in_batch) -> Tensor:
+        """Add a micro-batch's gradients to `grad`; the part of `training_step` that may run more than once."""
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model, grad_norm=None):
         # The Trainer would measure it by a clipping to infinity, which multiplies every gradient by 1: a pass over
@@ -221,87 +161,5 @@ class RecordedTrainer(Trainer):
         return {"loss_grad_norm": torch.stack(norms).norm().item()}
 
     def optimizer_metrics(self) -> dict[str, float | str]:
-        """What is known of the gradients and the penalty after a step."""
+        """What is known of the gradients and the regularizer after a step."""
         return {}
-
-
-class UnlearnTrainer(RecordedTrainer):
-    """Unlearns by a `Method`: its objective through `PatchHandle.unlearning_loss`, its regulariser in the optimizer.
-
-    Args:
-        arguments: as for `RecordedTrainer`.
-        handle: of `ssiuu_kernels.patch(model, scope="all")`.
-        method: see `methods.py`.
-        options: of the optimizer.
-        target: attribution target of a penalised method.
-
-    Raises:
-        ValueError: an update in backward with several micro-batches a step, clipping, or a method without a penalty.
-    """
-
-    def __init__(
-        self,
-        *arguments,
-        handle: sk.PatchHandle,
-        method: Method,
-        options: OptimizerOptions,
-        target: str,
-    ):
-        self.handle, self.method, self.options, self.target = handle, method, options, target
-        self.expects_one_backward = handle.engine == ONE_BACKWARD
-        super().__init__(*arguments)
-        if options.update_in_backward:
-            check_update_in_backward(method, self.args.gradient_accumulation_steps, self.args.max_grad_norm)
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            params = [param for param in self.model.parameters() if param.requires_grad]
-            if self.options.stochastic_rounding:
-                say_rounding()
-            # Kept beside the Trainer's, which accelerate will wrap.
-            self.unlearning_optimizer = self.optimizer = self.method.optimizer(params, self.options)
-        return self.optimizer
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The backbone's loss; its backward fills the target gradient too where the method needs it."""
-        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        target = self.target if self.method.penalised else None
-        loss = self.handle.unlearning_loss(output.logits, inputs["labels"], inputs["forget"], self._objective(), target)
-        self._warn_of_second_backward()
-        return (loss, output) if return_outputs else loss
-
-    def _objective(self) -> str | Objective:
-        if self.args.gradient_accumulation_steps == 1:
-            return self.method.objective
-        compute = resolve_objective(self.method.objective)
-        forget_tokens, other_tokens = self.mean_tokens(True), self.mean_tokens(False)
-
-        def of_the_step(log_probs: Tensor, lengths: Tensor, forget: Tensor) -> Tensor:
-            # Means over tokens divide by the chosen lengths' sum, which is thereby the step's.
-            scale = torch.where(forget, forget_tokens / lengths[forget].sum(), other_tokens / lengths[~forget].sum())
-            return compute(log_probs, lengths * scale, forget)
-
-        return of_the_step
-
-    def _warn_of_second_backward(self) -> None:
-        if self.expects_one_backward and self.handle.path.engine == TWO_BACKWARD:
-            self.expects_one_backward = False
-            logger.warning("two backwards a step, where one was asked for: %s", self.handle.path.reason)
-
-    def gradient_metrics(self) -> dict[str, float]:
-        # The fused step measures the norm on its way, and an update in backward leaves no gradients to measure.
-        return {} if self.method.penalised else super().gradient_metrics()
-
-    def optimizer_metrics(self) -> dict[str, float | str]:
-        engine = {"engine": self.handle.path.engine}
-        if not self.method.penalised:
-            return engine
-        stats = self.unlearning_optimizer.last_stats
-        return {
-            "loss_grad_norm": stats.loss_grad_norm.item(),
-            "penalty_grad_norm": stats.penalty_grad_norm.item(),
-            "penalty": stats.value.item(),
-            "share": stats.share.item(),
-            "lambda": self.unlearning_optimizer.last_weight,
-            **engine,
-        }

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from ssiuu.commands import attack
 from ssiuu.commands.attack import Attack, attack_grid, attack_run
 from ssiuu.commands.finetune import finetune
-from ssiuu.commands.unlearn import UnlearnOptions, unlearn
+from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.facts import Split
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.evaluation.sets import evaluate_run
 from ssiuu.models.load import load_model
+from ssiuu.options import UnlearnOptions
 from tests.support.small_runs import KilledError, kill_after, lines
 
 

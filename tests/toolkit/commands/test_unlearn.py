@@ -16,14 +16,16 @@ from ssiuu.data.facts import Fact, Split
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.evaluation.likelihood import chance
 from ssiuu.runs.folder import Run
+from ssiuu.training.schedule import Part, Schedule
 from ssiuu.training.step_log import DivergedError, StepRecord
-from ssiuu.training.trainer import RecordedTrainer, Schedule, UnlearnTrainer, training_arguments
-from tests.support.small_runs import KilledError, assert_resumes_bit_for_bit, kill_after, lines, weights
+from ssiuu.training.trainer import RecordedTrainer, training_arguments
+from ssiuu.training.unlearn_trainer import UnlearnTrainer
+from tests.support.small_runs import KilledError, assert_resumes_bit_for_bit, by, kill_after, lines, weights
 
 
 @pytest.mark.parametrize("method", ["gd", "ssiuu"])
 def test_a_run_leaves_its_records(options, tmp_path, method):
-    run = unlearn(replace(options, method=method), tmp_path / "run")
+    run = unlearn(by(options, method), tmp_path / "run")
     assert run.read("config.json")["status"] == "complete"
     assert set(run.read("evaluation.json")) == {"before", "after"}
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 5, 6]
@@ -33,31 +35,31 @@ def test_a_run_leaves_its_records(options, tmp_path, method):
 
 
 def test_unlearning_lowers_the_forget_probability(options, tmp_path):
-    evaluation = unlearn(replace(options, max_steps=20), tmp_path / "run").read("evaluation.json")
+    evaluation = unlearn(options.replace(max_steps=20), tmp_path / "run").read("evaluation.json")
     assert evaluation["after"]["forget_probability"] < 0.5 * evaluation["before"]["forget_probability"]
 
 
 def test_the_penalty_changes_the_run(options, tmp_path):
-    gd = weights(unlearn(replace(options, method="gd"), tmp_path / "gd"))
+    gd = weights(unlearn(by(options, "gd"), tmp_path / "gd"))
     ssiuu = weights(unlearn(options, tmp_path / "ssiuu"))
     assert any(not torch.equal(gd[name], ssiuu[name]) for name in gd)
 
 
 def test_without_weight_the_penalty_changes_nothing(options, tmp_path):
-    gd = weights(unlearn(replace(options, method="gd"), tmp_path / "gd"))
-    zero = weights(unlearn(replace(options, penalty_weight=0.0, penalty_share=None), tmp_path / "zero"))
+    gd = weights(unlearn(by(options, "gd"), tmp_path / "gd"))
+    zero = weights(unlearn(options.replace(penalty_weight=0.0, penalty_share=None), tmp_path / "zero"))
     assert all(torch.allclose(gd[name], zero[name], rtol=1e-4, atol=1e-6) for name in gd)
 
 
 @pytest.mark.parametrize("method", ["gd", "ssiuu"])
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
 def test_a_killed_run_resumes_bit_for_bit(options, tmp_path, monkeypatch, step, method):
-    options = replace(options, method=method, accumulate=2, forget_batch=2)
+    options = by(options, method, accumulate=2, forget_batch=2)
     assert_resumes_bit_for_bit(options, tmp_path, monkeypatch, step)
 
 
 def test_a_run_killed_after_its_last_step_resumes_bit_for_bit(options, tmp_path, monkeypatch):
-    options = replace(options, threshold=1.0, evaluate_every=2)  # stops at step 2, which is also saved
+    options = options.replace(threshold=1.0, evaluate_every=2)  # stops at step 2, which is also saved
     whole = unlearn(options, tmp_path / "whole")
     with monkeypatch.context() as patched:
         patched.setattr(Run, "finish", lambda run: (_ for _ in ()).throw(KilledError))
@@ -69,7 +71,7 @@ def test_a_run_killed_after_its_last_step_resumes_bit_for_bit(options, tmp_path,
 
 
 def test_stops_at_the_threshold(options, tmp_path):
-    run = unlearn(replace(options, threshold=1.0, evaluate_every=1), tmp_path / "run")
+    run = unlearn(options.replace(threshold=1.0, evaluate_every=1), tmp_path / "run")
     assert len(lines(run)) == 1
 
 
@@ -89,9 +91,11 @@ def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": "gd"}, {}, {"update_in_backward": True}], ids=["gd", "ssiuu", "in backward"]
+    ("method", "changes"),
+    [("gd", {}), ("ssiuu", {}), ("ssiuu", {"update_in_backward": True})],
+    ids=["gd", "ssiuu", "in backward"],
 )
-def test_a_gradient_that_is_no_number_reaches_no_checkpoint(options, tmp_path, monkeypatch, changes):
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(options, tmp_path, monkeypatch, method, changes):
     monkeypatch.setattr("ssiuu_kernels.optim.update_in_backward.WAITING", 100)
     compute = UnlearnTrainer.compute_loss
 
@@ -101,13 +105,13 @@ def test_a_gradient_that_is_no_number_reaches_no_checkpoint(options, tmp_path, m
 
     monkeypatch.setattr(UnlearnTrainer, "compute_loss", diverge)
     with pytest.raises(DivergedError, match="the gradient's norm is nan at step 5"):
-        unlearn(replace(options, save_every=1, **changes), tmp_path / "run")
+        unlearn(by(options, method, save_every=1, **changes), tmp_path / "run")
     assert Run(tmp_path / "run").last_checkpoint().name == "checkpoint-4"
 
 
 def test_a_penalty_that_cannot_be_applied_is_refused_before_any_work(options, tmp_path):
     with pytest.raises(ValueError, match=r"penalty_weight=1e\+300; expected at most 1e\+30"):
-        unlearn(replace(options, penalty_weight=1e300), tmp_path / "run")
+        unlearn(options.replace(penalty_weight=1e300), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -119,7 +123,7 @@ def test_a_penalty_that_overflows_reaches_no_checkpoint(options, tmp_path, monke
 
     monkeypatch.setattr(UnlearnTrainer, "optimizer_metrics", overflowing)
     with pytest.raises(DivergedError, match="the penalty's gradient norm is inf at step 4"):
-        unlearn(replace(options, save_every=1), tmp_path / "run")
+        unlearn(options.replace(save_every=1), tmp_path / "run")
     assert Run(tmp_path / "run").last_checkpoint().name == "checkpoint-3"
     for file in (tmp_path / "run").glob("checkpoints/*/model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values())
@@ -130,7 +134,7 @@ def test_several_gpus_are_not_wrapped_in_data_parallel(loaded, tmp_path):
     prompts = PromptFormat(tokenizer, 0)
     arguments = training_arguments(tmp_path, learning_rate=1e-3, max_steps=1, seed=0)
     arguments._n_gpu = 2 * (arguments.n_gpu + 1)
-    schedule = Schedule([([prompts.encode("where ann born", "rome")], 1, True)], 1, 0)
+    schedule = Schedule([Part([prompts.encode("where ann born", "rome")], 1, True)], 1, 0)
     trainer = RecordedTrainer(model, arguments, schedule, prompts, StepRecord(print, lambda _: {}, 1))
     assert not isinstance(trainer._wrap_model(model), torch.nn.DataParallel)
     assert arguments.train_batch_size == 1
@@ -139,18 +143,18 @@ def test_several_gpus_are_not_wrapped_in_data_parallel(loaded, tmp_path):
 @pytest.mark.parametrize("value", ["retain_batch", "forget_batch"])
 def test_a_batch_larger_than_its_set(options, tmp_path, value):
     with pytest.raises(ValueError, match=f"{value}=99"):
-        unlearn(replace(options, **{value: 99}), tmp_path / "run")
+        unlearn(options.replace(**{value: 99}), tmp_path / "run")
 
 
 def test_a_model_that_knows_none_of_the_facts(options, tmp_path):
     with pytest.raises(ValueError, match="the forget set is empty"):
-        unlearn(replace(options, known_probability=1.0), tmp_path / "none")
+        unlearn(options.replace(known_probability=1.0), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def test_a_refused_model_leaves_no_folder(options, tmp_path):
     with pytest.raises(ValueError, match=r"could not be loaded|holds no model"):
-        unlearn(replace(options, model=str(tmp_path)), tmp_path / "run")
+        unlearn(options.replace(model=str(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -163,7 +167,7 @@ def test_an_existing_folder_is_refused(options, tmp_path):
 
 def test_a_folder_made_beforehand_is_taken(options, tmp_path):
     (tmp_path / "run").mkdir()
-    assert unlearn(replace(options, max_steps=1), tmp_path / "run").read("config.json")["status"] == "complete"
+    assert unlearn(options.replace(max_steps=1), tmp_path / "run").read("config.json")["status"] == "complete"
 
 
 def test_an_unfinished_run_is_not_begun_again_unasked(options, tmp_path, monkeypatch):
@@ -184,7 +188,7 @@ def test_the_default_threshold_is_chance(options, facts, tmp_path, monkeypatch, 
         iter([1.0, 1 / (1 + false_options) + 1e-9, 1 / (1 + false_options)]),
     )
     monkeypatch.setattr(unlearn_module, "evaluate_sets", lambda *_: {"fs": next(scores)})
-    run = unlearn(replace(options, threshold=None, evaluate_every=1), tmp_path / "run", split=split)
+    run = unlearn(options.replace(threshold=None, evaluate_every=1), tmp_path / "run", split=split)
     assert len(lines(run)) == 3
 
 
@@ -193,7 +197,7 @@ def test_chance_among_facts_with_different_numbers_of_options():
 
 
 def test_the_bar_moves_while_everything_is_scored_before_step_1(options, tmp_path, capsys):
-    unlearn(replace(options, max_steps=1), tmp_path / "run")
+    unlearn(options.replace(max_steps=1), tmp_path / "run")
     assert re.search(r"score before .*12/12.*\n(.*\n)*unlearn", capsys.readouterr().out)
 
 
@@ -203,9 +207,7 @@ def test_a_fact_that_does_not_fit_the_model(options, tmp_path):
     transformers.AutoTokenizer.from_pretrained(options.model).save_pretrained(tmp_path / "model")
     facts = [Fact("where ann born", "rome"), Fact("where bob born " * 3, "oslo")]
     with pytest.raises(ValueError, match="tokens with its examples, the model positions for 12"):
-        unlearn(
-            replace(options, model=str(tmp_path / "model")), tmp_path / "run", split=Split(facts[:1], facts[1:], [])
-        )
+        unlearn(options.replace(model=str(tmp_path / "model")), tmp_path / "run", split=Split(facts[:1], facts[1:], []))
     assert not (tmp_path / "run").exists()
 
 
@@ -215,7 +217,7 @@ def test_resuming_with_other_options_is_refused(options, tmp_path, monkeypatch):
         with pytest.raises(KilledError):
             unlearn(options, tmp_path / "run")
     with pytest.raises(ValueError, match=r"was started with learning_rate=0\.001, now 0\.1"):
-        unlearn(replace(options, learning_rate=0.1), tmp_path / "run", resume=True)
+        unlearn(options.replace(learning_rate=0.1), tmp_path / "run", resume=True)
 
 
 def test_a_run_of_a_version_without_an_option_is_resumed_with_it(options, tmp_path, monkeypatch):
@@ -230,23 +232,27 @@ def test_a_run_of_a_version_without_an_option_is_resumed_with_it(options, tmp_pa
 
 
 def test_resuming_a_finished_run_is_refused(options, tmp_path):
-    unlearn(replace(options, max_steps=1), tmp_path / "run")
+    unlearn(options.replace(max_steps=1), tmp_path / "run")
     with pytest.raises(ValueError, match="nothing to resume"):
-        unlearn(replace(options, max_steps=1), tmp_path / "run", resume=True)
+        unlearn(options.replace(max_steps=1), tmp_path / "run", resume=True)
 
 
 BAD = {
-    "unknown method": ("method='simnpo'", {"method": "simnpo"}),
+    "unknown method": ("method='nppo' is unknown; expected one of .*gd", {"method": "nppo"}),
     "unknown target": ("target='loss'", {"target": "loss"}),
     "unknown engine": ("engine='no-backward' is unknown; expected one of one-backward", {"engine": "no-backward"}),
     "update in backward of a sum": (
         r"update_in_backward=True with accumulate=2 .* a larger --forget-batch with --gradient-checkpointing",
         {"update_in_backward": True, "accumulate": 2},
     ),
-    "update in backward without a penalty": (
-        "update_in_backward=True with method='gd'.* expected one of ssiuu",
-        {"update_in_backward": True, "method": "gd"},
+    "unknown regularizer": (
+        "regularizer='ssiu' is unknown; expected one of .*none",
+        {"method": "gd", "regularizer": "ssiu"},
     ),
+    "two regularizers": ("method='ssiuu' is gd with the regularizer ssiuu.*use method='gd'", {"regularizer": "l2"}),
+    "unknown setting": ("penalty_wait is not an option of method 'gd' with regularizer 'ssiuu'", {"penalty_wait": 1}),
+    "a setting of another regularizer": ("penalty_share is not an option of method 'gd'", {"method": "gd"}),
+    "a share out of range": ("penalty_share=1.5", {"penalty_share": 1.5}),
     "no steps": ("max_steps=0", {"max_steps": 0}),
     "a learning rate that is not finite": ("learning_rate=nan", {"learning_rate": math.nan}),
     "a weight that is not finite": ("penalty_weight=inf", {"penalty_weight": math.inf}),
@@ -261,7 +267,13 @@ BAD = {
 def test_bad_options_are_refused_before_any_work(options, tmp_path, monkeypatch, message, changes):
     monkeypatch.setattr(unlearn_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
-        unlearn(replace(options, **changes), tmp_path / "run")
+        unlearn(options.replace(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_update_in_backward_needs_the_penaltys_optimizer(options, tmp_path):
+    with pytest.raises(ValueError, match=r"update_in_backward=True with regularizer='none'.* expected one of ssiuu"):
+        unlearn(by(options, "gd", update_in_backward=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -271,8 +283,7 @@ def test_free_text_facts_are_judged_by_rouge(options, tmp_path):
             json.dumps({"question": f"where {person} born", "answer": "rome"}) + "\n"
         )
     run = unlearn(
-        replace(
-            options,
+        options.replace(
             facts=None,
             forget=str(tmp_path / "forget.jsonl"),
             retain=str(tmp_path / "retain.jsonl"),
@@ -284,7 +295,7 @@ def test_free_text_facts_are_judged_by_rouge(options, tmp_path):
 
 
 def test_a_schedule_goes_through_each_part_in_turn():
-    schedule = Schedule([(["a", "b", "c"], 2, True), (["x"], 1, False)], count=3, seed=5)
+    schedule = Schedule([Part(["a", "b", "c"], 2, True), Part(["x"], 1, False)], count=3, seed=5)
     batches = [schedule[i] for i in range(3)]
     forgotten = [sample for batch in batches for sample in batch.samples[:2]]
     assert sorted(forgotten[:3]) == sorted(forgotten[3:]) == ["a", "b", "c"]

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -144,7 +143,7 @@ def test_a_generation_config_that_cannot_be_saved_ends_no_run(options, model_dir
     (folder / "generation_config.json").write_text(json.dumps({**CONTRADICTORY, "eos_token_id": [1, 2]}))
     if old:
         monkeypatch.setattr(transformers.GenerationConfig, "save_pretrained", refuse_contradictions)
-    run = unlearn(replace(options, model=str(folder), max_steps=2, save_every=1), tmp_path / "run")
+    run = unlearn(options.replace(model=str(folder), max_steps=2, save_every=1), tmp_path / "run")
     assert run.read("config.json")["status"] == "complete"
     model, _ = load_model(folder)
     assert model.generation_config.eos_token_id == [1, 2]
@@ -186,7 +185,7 @@ def test_a_model_with_code_of_its_own_goes_through_all_commands(options, model_d
     with pytest.raises(ValueError, match="could not be loaded"):
         load_model(folder)
     taught = finetune(tmp_path / "taught", facts=str(facts_file), steps=1, **common)
-    run = unlearn(replace(options, max_steps=1, **{**common, "model": str(taught.model)}), tmp_path / "run")
+    run = unlearn(options.replace(max_steps=1, **{**common, "model": str(taught.model)}), tmp_path / "run")
     assert len(attack_run(run.path, [Attack("harmful", 0.3, 1e-3, steps=1)])) == 1
     assert evaluate_run(run.path)["after"]
     assert diagnose_runs([run.path])

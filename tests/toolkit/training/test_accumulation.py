@@ -5,10 +5,15 @@ import torch
 
 import ssiuu_kernels as sk
 from ssiuu.data.prompts import Encoded, PromptFormat
-from ssiuu.methods.registry import OptimizerOptions, get_method
+from ssiuu.methods.base import UnlearnData
+from ssiuu.methods.registry import make
 from ssiuu.models.load import load_model
+from ssiuu.options import UnlearnOptions
+from ssiuu.training.optimizers import OptimizerOptions
+from ssiuu.training.schedule import Part, Schedule
 from ssiuu.training.step_log import StepRecord
-from ssiuu.training.trainer import RecordedTrainer, Schedule, UnlearnTrainer, training_arguments
+from ssiuu.training.trainer import RecordedTrainer, training_arguments
+from ssiuu.training.unlearn_trainer import UnlearnTrainer
 
 SHORT, LONG = ("where ann born", "rome"), ("where bob lives", "oslo rome oslo lima rome oslo")
 
@@ -23,9 +28,8 @@ def step(model_dir, tmp_path):
         samples = [prompts.encode(*pair) for pair in (SHORT, LONG)]
         others = [prompts.encode(question, answer) for question, answer in zip(("where cid born", "where dee lives"),
                   (LONG[1], SHORT[1]), strict=True)]  # fmt: skip
-        parts = [(samples, 2 // accumulate, method is not None)] + (
-            [(others, 2 // accumulate, False)] if method else []
-        )
+        parts = [Part(samples, 2 // accumulate, method is not None)]
+        parts += [Part(others, 2 // accumulate, False)] if method else []
         arguments = training_arguments(tmp_path, learning_rate=1e-3, max_steps=1, seed=0, accumulate=accumulate)
         lines, found = [], {}
         rest = (model, arguments, Schedule(parts, accumulate, 3), prompts, StepRecord(lines.append, lambda _: {}, 1))
@@ -41,9 +45,16 @@ def step(model_dir, tmp_path):
         if method is None:
             Looking(*rest).train()
         else:
+            made, regularizer = make(
+                UnlearnOptions(method=method, settings={"penalty_weight": 1.0} if method == "ssiuu" else {})
+            )
             with sk.patch(model, scope="all") as handle:
-                Looking(*rest, handle=handle, method=get_method(method), target="prob",
-                        options=OptimizerOptions(1e-3, 0.0, 1.0, None)).train()  # fmt: skip
+                data = UnlearnData([], [], samples, others, prompts, seed=0)
+                made.setup(model, handle, data)
+                regularizer.setup(model, handle, made, data)
+                Looking(
+                    *rest, handle=handle, method=made, regularizer=regularizer, options=OptimizerOptions(1e-3)
+                ).train()
         return lines[0], found
 
     return take
@@ -61,7 +72,7 @@ def test_micro_batches_count_by_their_tokens(step, method):
 
 def test_tokens_of_a_step():
     samples = [Encoded([1], [2] * length) for length in (1, 2, 3)]
-    schedule = Schedule([(samples, 3, True), ([Encoded([1], [2] * 10)], 1, False)], 4, 0)
+    schedule = Schedule([Part(samples, 3, True), Part([Encoded([1], [2] * 10)], 1, False)], 4, 0)
     assert schedule.tokens(range(2), True) == 12
     assert schedule.tokens(range(2), False) == 20
     assert schedule.tokens(range(2, 3)) == 16

@@ -1,7 +1,6 @@
 """What the types of weights and of autocast do to training: rounding, refusals, and nothing left for the next run."""
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.models.load import load_model
 from ssiuu.runs.folder import Run
+from ssiuu.training.schedule import Part, Schedule
 from ssiuu.training.step_log import StepRecord
-from ssiuu.training.trainer import RecordedTrainer, Schedule, training_arguments
-from tests.support.small_runs import KilledError, assert_resumes_bit_for_bit, kill_after, weights
+from ssiuu.training.trainer import RecordedTrainer, training_arguments
+from tests.support.small_runs import KilledError, assert_resumes_bit_for_bit, by, kill_after, weights
 
 METHODS = ("gd", "ssiuu")
 
@@ -21,7 +21,7 @@ METHODS = ("gd", "ssiuu")
 @pytest.fixture
 def narrow(options):
     """A run in bfloat16 at a rate far below half a unit in the last place of most weights."""
-    return replace(options, dtype="bfloat16", learning_rate=1e-5, penalty_share=None, max_steps=12, save_every=0,
+    return options.replace(dtype="bfloat16", learning_rate=1e-5, penalty_share=None, max_steps=12, save_every=0,
                    evaluate_every=12)  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def movement(run, model_dir):
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_weights_move_as_float32_ones_do(narrow, model_dir, tmp_path, method):
     moved = [
-        movement(unlearn(replace(narrow, method=method, dtype=dtype), tmp_path / dtype), model_dir)
+        movement(unlearn(by(narrow, method, dtype=dtype), tmp_path / dtype), model_dir)
         for dtype in ("bfloat16", "float32")
     ]
     # Each scalar's rounding is noise; over them all the movements agree.
@@ -52,25 +52,25 @@ def test_finetuned_bfloat16_weights_move_too(model_dir, facts_file, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rounding_is_said_once(narrow, tmp_path, caplog, method):
-    unlearn(replace(narrow, method=method, max_steps=2), tmp_path / "run")
+    unlearn(by(narrow, method, max_steps=2), tmp_path / "run")
     assert sum("rounded stochastically" in record.message for record in caplog.records) == 1
 
 
 def test_float32_weights_are_not_spoken_of(options, tmp_path, caplog):
-    unlearn(replace(options, max_steps=1), tmp_path / "run")
+    unlearn(options.replace(max_steps=1), tmp_path / "run")
     assert not any("rounded" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_bfloat16_run_resumes_bit_for_bit(narrow, tmp_path, monkeypatch, method):
-    options = replace(narrow, method=method, max_steps=5, save_every=2)
+    options = by(narrow, method, max_steps=5, save_every=2)
     assert_resumes_bit_for_bit(options, tmp_path, monkeypatch, 3)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_began_without_rounding_goes_on_without(narrow, tmp_path, monkeypatch, caplog, method):
-    options = replace(narrow, method=method, max_steps=4, save_every=2)
-    monkeypatch.setattr("ssiuu.commands.unlearn._config", config_of_0_1_0(options))
+    options = by(narrow, method, max_steps=4, save_every=2)
+    monkeypatch.setattr("ssiuu.commands.unlearn._config", config_of_0_1_0())
     with monkeypatch.context() as patched:
         kill_after(patched, 3)
         with pytest.raises(KilledError):
@@ -81,16 +81,21 @@ def test_a_run_that_began_without_rounding_goes_on_without(narrow, tmp_path, mon
     assert not any("rounded" in record.message for record in caplog.records)
 
 
-def config_of_0_1_0(options):
+def config_of_0_1_0():
     from ssiuu.commands.unlearn import _config
 
-    return lambda _: {name: value for name, value in _config(options).items() if name != "stochastic_rounding"}
+    def config(options, regularizer):
+        found = _config(options, regularizer)
+        del found["stochastic_rounding"]
+        return found
+
+    return config
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_float16_weights_are_refused(options, tmp_path, method):
     with pytest.raises(ValueError, match=r"dtype='float16' cannot be trained.*use --dtype bfloat16, or float32 with"):
-        unlearn(replace(options, dtype="float16", method=method), tmp_path / "run")
+        unlearn(by(options, method, dtype="float16"), tmp_path / "run")
     with pytest.raises(ValueError, match="dtype='float16' cannot be trained"):
         finetune(tmp_path / "run", dtype="float16")
     assert not (tmp_path / "run").exists()
@@ -100,7 +105,7 @@ def test_float16_weights_are_refused(options, tmp_path, method):
 def trainer(loaded, tmp_path):
     """Makes a trainer with these training arguments."""
     prompts = PromptFormat(loaded[1], 0)
-    schedule = Schedule([([prompts.encode("where ann born", "rome")], 1, False)], 1, 0)
+    schedule = Schedule([Part([prompts.encode("where ann born", "rome")], 1, False)], 1, 0)
 
     def make(**changes):
         arguments = training_arguments(tmp_path, learning_rate=1e-3, max_steps=1, seed=0, **changes)

@@ -1,7 +1,6 @@
 """The line of every step, and the warning of a penalty that does nothing."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,31 +9,32 @@ import pytest
 from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.training import step_log as recorder
+from ssiuu.training.schedule import Part, Schedule
 from ssiuu.training.step_log import StepRecord, peak_memory
-from ssiuu.training.trainer import RecordedTrainer, Schedule, training_arguments
-from tests.support.small_runs import lines
+from ssiuu.training.trainer import RecordedTrainer, training_arguments
+from tests.support.small_runs import by, lines
 
 OF_ALL = {"step", "seconds", "tokens_per_second", "peak_memory_bytes", "loss", "loss_grad_norm", "engine"}
 OF_A_PENALTY = {"penalty", "penalty_grad_norm", "share", "lambda"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "fields"),
+    ("method", "changes", "fields"),
     [
-        ({"method": "gd"}, OF_ALL),
-        ({}, OF_ALL | OF_A_PENALTY),
-        ({"update_in_backward": True}, OF_ALL | OF_A_PENALTY),
+        ("gd", {}, OF_ALL),
+        ("ssiuu", {}, OF_ALL | OF_A_PENALTY),
+        ("ssiuu", {"update_in_backward": True}, OF_ALL | OF_A_PENALTY),
     ],
     ids=["gd", "ssiuu", "in backward"],
 )
-def test_the_fields_of_a_line(options, tmp_path, changes, fields):
-    first = lines(unlearn(replace(options, max_steps=2, evaluate_every=2, **changes), tmp_path / "run"))[0]
+def test_the_fields_of_a_line(options, tmp_path, method, changes, fields):
+    first = lines(unlearn(by(options, method, max_steps=2, evaluate_every=2, **changes), tmp_path / "run"))[0]
     assert first.keys() == fields
 
 
 def test_the_gradient_of_the_loss_is_measured_alike_with_and_without_a_penalty(options, tmp_path):
     first = [
-        lines(unlearn(replace(options, method=method, max_steps=1, accumulate=2), tmp_path / method))[0]
+        lines(unlearn(by(options, method, max_steps=1, accumulate=2), tmp_path / method))[0]
         for method in ("gd", "ssiuu")
     ]
     assert first[0]["loss_grad_norm"] == pytest.approx(first[1]["loss_grad_norm"], rel=1e-4)
@@ -57,7 +57,7 @@ def test_tokens_a_second_count_all_micro_batches_and_neither_padding_nor_evaluat
     samples = [prompts.encode("where ann born", "rome"), prompts.encode("where bob lives", "oslo oslo oslo")]
     recorded = []
     arguments = training_arguments(tmp_path, learning_rate=1e-3, max_steps=2, seed=0, accumulate=2)
-    schedule = Schedule([(samples, 2, False)], 4, 0)
+    schedule = Schedule([Part(samples, 2, False)], 4, 0)
     RecordedTrainer(model, arguments, schedule, prompts, StepRecord(recorded.append, evaluate, 1)).train()
     tokens = sum(len(sample.prompt) + len(sample.answer) for sample in samples)
     assert [(line["seconds"], line["tokens_per_second"]) for line in recorded] == [(1.0, 2 * tokens)] * 2
@@ -71,11 +71,11 @@ def test_peak_memory_of_the_process_is_in_bytes(monkeypatch):
 
 
 def idle_warnings(caplog):
-    return [record.message for record in caplog.records if "next to nothing" in record.message]
+    return [record.message for record in caplog.records if "almost nothing" in record.message]
 
 
 def test_an_idle_penalty_is_warned_of_once(options, tmp_path, caplog):
-    unlearn(replace(options, penalty_share=None, penalty_weight=1e-9, max_steps=7), tmp_path / "run")
+    unlearn(options.replace(penalty_share=None, penalty_weight=1e-9, max_steps=7), tmp_path / "run")
     (warning,) = idle_warnings(caplog)
     assert "--penalty-share" in warning
 

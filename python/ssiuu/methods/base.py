@@ -1,0 +1,195 @@
+"""What an unlearning method is: its options, what it prepares once, and its loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import ssiuu_kernels as sk
+from ssiuu_kernels.loss.objectives import Objective
+
+from ..data.facts import Fact
+from ..data.prompts import Encoded, PromptFormat
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward sees: forget samples, their companions, then retain samples.
+
+    Attributes:
+        input_ids, attention_mask, labels: int64 `[B, S]`; labels are -100 on prompts and padding.
+        forget: bool `[B]`, the samples to forget.
+        companion: bool `[B]`, samples that a method adds to the forget samples (DPO's preferred answers).
+        ids: int64 `[B]`, the place of each sample in its set; of a companion, that of its forget sample.
+        forget_tokens, retain_tokens: answer tokens of each set in the whole step, divided by its micro-batches.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    forget: Tensor
+    companion: Tensor
+    ids: Tensor
+    forget_tokens: float
+    retain_tokens: float
+
+    @property
+    def retain(self) -> Tensor:
+        """bool `[B]`, the samples to keep."""
+        return ~self.forget & ~self.companion
+
+    def without(self, dropped: Sequence[int]) -> Batch:
+        """The batch without the forget samples of these ids, and without their companions."""
+        leaves = ~self.retain & torch.isin(self.ids, torch.tensor(list(dropped), device=self.ids.device))
+        if not bool(leaves.any()):
+            return self
+        rows = ("input_ids", "attention_mask", "labels", "forget", "companion", "ids")
+        return replace(self, **{name: getattr(self, name)[~leaves] for name in rows})
+
+
+@dataclass(frozen=True)
+class UnlearnData:
+    """The two sets, as facts and as the samples that a batch's `ids` count.
+
+    Attributes:
+        forget, retain: the facts.
+        forget_samples, retain_samples: each fact with its prompt and true answer, in the same order.
+        prompts: how text becomes tokens.
+        seed: of the run, for a method's own random choices.
+    """
+
+    forget: Sequence[Fact]
+    retain: Sequence[Fact]
+    forget_samples: Sequence[Encoded]
+    retain_samples: Sequence[Encoded]
+    prompts: PromptFormat
+    seed: int
+
+
+class Loss(NamedTuple):
+    """A method's loss of one batch.
+
+    Attributes:
+        value: 0-dim, to minimise.
+        logits: `[B, S, V]` of the batch from the forward that `value` comes from, for a regularizer that needs the
+            answers' log-likelihoods.
+    """
+
+    value: Tensor
+    logits: Tensor
+
+
+class Method(ABC):
+    """An unlearning method; any differentiable loss.
+
+    One is registered by `@register` (registry.py). An instance belongs to one run: `setup` is called once, with the
+    model before unlearning; `loss` for every micro-batch.
+
+    Attributes:
+        name: as the command line knows it.
+        label, color: in tables and figures.
+        summary: one line.
+        source: where the method comes from, and what in it is our choice.
+        Options: a frozen dataclass, whose field names are the option names.
+        model, handle, data: from `setup`.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    color: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+
+    @dataclass(frozen=True)
+    class Options:
+        """No options."""
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    def check(self) -> None:
+        """Raise a ValueError for options out of range; no model is loaded yet."""
+
+    def parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """The parameters to train; the others are frozen during the run.
+
+        Raises:
+            ValueError: the model does not have what the options ask for.
+        """
+        return [param for param in model.parameters() if param.requires_grad]
+
+    def companions(self, data: UnlearnData) -> list[Encoded] | None:
+        """A sample that goes with each forget sample; None where the method needs none."""
+        return None
+
+    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, data: UnlearnData) -> None:
+        """Prepare what the loss needs once: reference log-probabilities, frozen activations, masks.
+
+        The model is the one before unlearning, also where a run is resumed. What is kept here is not in a checkpoint
+        and has to come out the same again.
+        """
+        self.model, self.handle, self.data = model, handle, data
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Loss:
+        """The loss of a micro-batch, with its graph."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits `[B, S, V]`."""
+        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+
+    # What a run asks between steps.
+
+    def observe(self, scores: Tensor) -> None:
+        """Take note of the forget facts' scores, float32 `[facts]`, whenever the run evaluates."""
+
+    @property
+    def dropped(self) -> Sequence[int]:
+        """Ids of forget samples that leave the batches from now on."""
+        return ()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the method's own stop is reached."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+
+
+class LikelihoodMethod(Method):
+    """A method whose loss is a function of the samples' log-likelihoods: one backward serves it and a penalty."""
+
+    @abstractmethod
+    def objective(self, batch: Batch) -> Objective:
+        """(log_probs `[B]`, answer lengths `[B]`, forget `[B]`) -> scalar; see `ssiuu_kernels`' unlearning_loss."""
+
+    def loss(self, batch: Batch) -> Loss:
+        """The objective of this batch."""
+        logits = self.forward(batch)
+        value = self.handle.unlearning_loss(logits, batch.labels, batch.forget, self.objective(batch), target=None)
+        return Loss(value, logits)
+
+
+def over_the_step(objective: Objective, batch: Batch) -> Objective:
+    """`objective`, whose means over tokens are over the tokens of the whole step instead of the micro-batch's.
+
+    Such a mean divides by the sum of the chosen lengths, which is here scaled to the step's.
+    """
+
+    def compute(log_probs: Tensor, lengths: Tensor, forget: Tensor) -> Tensor:
+        forget_scale = batch.forget_tokens / lengths[forget].sum()
+        retain_scale = batch.retain_tokens / lengths[batch.retain].sum()
+        return objective(log_probs, lengths * torch.where(forget, forget_scale, retain_scale), forget)
+
+    return compute

@@ -1,0 +1,92 @@
+"""SSIUU: the penalty on growing negative attribution of parameters (Eq. 6-14, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import ssiuu_kernels as sk
+from ssiuu_kernels.log_probs import check_target
+from ssiuu_kernels.ops.common.precision import LARGEST
+
+from ..methods.base import Batch, LikelihoodMethod, Method
+from ..methods.registry import register_regularizer
+from ..options import UnlearnOptions
+from ..training.optimizers import OptimizerOptions, check_update_in_backward
+from .base import Regularizer
+
+
+def check_penalty(weight: float, target: str) -> None:
+    """Raise a ValueError for a lambda out of range or an unknown target."""
+    check_target(target)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"penalty_weight={weight}; expected at least 0")
+    if weight > LARGEST:
+        raise ValueError(f"penalty_weight={weight}; expected at most {LARGEST:g}")
+
+
+@register_regularizer
+class Ssiuu(Regularizer):
+    """`J = L + lambda R_t` on every trainable scalar of a model; L is any method's loss."""
+
+    name, label, color = "ssiuu", "SSIUU", "#0072b2"
+    summary = "penalty on growing negative attribution of parameters"
+    source = "the paper (Algorithm 1); penalty_share, other targets and other methods than gd are ours"
+    updates_in_backward = measures_gradients = True
+
+    @dataclass(frozen=True)
+    class Options:
+        """
+        Attributes:
+            penalty_weight: lambda, or where a steered lambda starts. Paper: 1e-3 (FaithUn), 1e-4 (TOFU).
+            penalty_share: steer lambda so that this share of the parameters of negative attribution has a penalty
+                gradient above its loss gradient; None keeps lambda fixed, as in the paper.
+            target: attributed quantity: "prob" (the paper), "geometric_mean_prob" or "log_prob".
+        """
+
+        penalty_weight: float = 1e-3
+        penalty_share: float | None = None
+        target: str = "prob"
+
+    def check(self, method: Method, run: UnlearnOptions) -> None:
+        check_penalty(self.options.penalty_weight, self.options.target)
+        share = self.options.penalty_share
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"penalty_share={share}; expected a fraction between 0 and 1")
+        if run.update_in_backward:
+            check_update_in_backward(run.accumulate)
+
+    def loss(self, batch: Batch) -> Tensor:
+        target = self.options.target
+        if isinstance(self.method, LikelihoodMethod):
+            logits, objective = self.method.forward(batch), self.method.objective(batch)
+            return self.handle.unlearning_loss(logits, batch.labels, batch.forget, objective, target)
+        value, logits = self.method.loss(batch)
+        return value + self.handle.target_term(logits, batch.labels, batch.forget, target)
+
+    def optimizer(self, params: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
+        self.adamw = sk.SsiuuAdamW(
+            params,
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+            penalty_weight=self.options.penalty_weight,
+            penalty_share=self.options.penalty_share,
+            update_in_backward=options.update_in_backward,
+            stochastic_rounding=options.stochastic_rounding,
+            seed=options.seed,
+        )
+        return self.adamw
+
+    def metrics(self) -> dict[str, float]:
+        stats = self.adamw.last_stats
+        return {
+            "loss_grad_norm": stats.loss_grad_norm.item(),
+            "penalty_grad_norm": stats.penalty_grad_norm.item(),
+            "penalty": stats.value.item(),
+            "share": stats.share.item(),
+            "lambda": self.adamw.last_weight,
+        }
