@@ -46,7 +46,7 @@ def test_env():
 def test_a_refusal_is_one_line_with_status_2(tmp_path):
     result = run("unlearn", "--method", "magic", "--out", tmp_path / "run")
     assert result.exit_code == 2
-    assert result.output.strip().splitlines() == ["ssiuu: method='magic' is unknown; expected one of gd, ssiuu"]
+    assert result.output.strip().splitlines() == ["ssiuu: method='magic' is unknown; expected one of ga, gd, ssiuu"]
 
 
 FAILURES = {
