@@ -2,12 +2,13 @@
 
 from . import ops
 from .env import collect_env
+from .gradients.path import GradientPath
 from .log_probs import sequence_log_probs
-from .loss.unlearning import GradientPath
 from .ops import ActGrads, GluGrads, NeuronPenalty, NeuronScores, PackedGluGrads, PenaltyStats
 from .ops.backends import Availability, available_backends
 from .optim.adamw import SsiuuAdamW, SsiuuPenalty
-from .patching.patch import PatchHandle, patch
+from .patching.handle import PatchHandle
+from .patching.patch import patch
 
 __version__ = "0.1.0"
 
