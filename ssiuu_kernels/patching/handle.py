@@ -23,9 +23,9 @@ class PatchHandle:
         patched: names of the patched modules.
         skipped: module name -> why it was left as it is.
         scope: "mlp" or "all".
-        engine: the one that was asked for; `path` says which one a loss took.
+        engine: the one that was asked for; `gradient_path` says which one a loss took.
         neurons: banks and last value of the penalty on neurons; None at level "parameter".
-        path: `GradientPath(engine, reason)` of the last `unlearning_loss`; None before the first.
+        gradient_path: `GradientPath(engine, reason)` of the last `unlearning_loss`; None before the first.
     """
 
     def __init__(
@@ -41,8 +41,13 @@ class PatchHandle:
     ):
         self._model, self._mlps, self._rows, self._is_patched = model, mlps, rows, True
         self._attribution = Attribution(model, mlps, scope == "all", backend)
-        self.path: GradientPath | None = None
+        self.gradient_path: GradientPath | None = None
         self.patched, self.skipped, self.scope, self.engine, self.neurons = list(mlps), skipped, scope, engine, neurons
+
+    @property
+    def path(self) -> GradientPath | None:
+        """The old name of `gradient_path`."""
+        return self.gradient_path
 
     def unpatch(self) -> None:
         """Give the modules their own forward back, and drop the target gradients. A second call does nothing."""
@@ -107,7 +112,7 @@ class PatchHandle:
 
         Both gradients come from one backward through the model, which carries the unit gradients `ds_b`: hooks on
         gradients inside the model see those. A graph that cannot be taken so gets two backwards, with the same result;
-        `path` says which it was, and why. At level "neuron" there is no `target_grad`: the backward adds the
+        `gradient_path` says which it was, and why. At level "neuron" there is no `target_grad`: the backward adds the
         penalty's gradient (Eq. 3) to `param.grad`.
 
         Args:
@@ -146,7 +151,7 @@ class PatchHandle:
             return neuron_level_loss(
                 logits, labels, forget, self.neurons, sample_ids, objective, target, reference_log_probs
             )
-        value, self.path = unlearning_loss(
+        value, self.gradient_path = unlearning_loss(
             logits, labels, forget,
             params=self._target_params(), objective=objective, target=target, segments=segments,
             reference_log_probs=reference_log_probs, engine=self.engine,

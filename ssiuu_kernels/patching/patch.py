@@ -53,8 +53,8 @@ def patch(
         penalty_weight: lambda of level "neuron".
         forget_samples: size of the forget set, for level "neuron": the last attribution of each sample is kept.
         engine: how `unlearning_loss` makes the two gradients at level "parameter": "one-backward", which falls back
-            where the model cannot take it (`PatchHandle.path` says why), "two-backward", or "checked": one backward,
-            held against two more on every batch.
+            where the model cannot take it (`PatchHandle.gradient_path` says why), "two-backward", or "checked": one
+            backward, held against two more on every batch.
         grad_dtype: torch.float32 adds both gradients of bfloat16 or float16 parameters up in float32; None: in the
             parameter's type. Needs a torch that has `Tensor.grad_dtype` (2.10 or newer).
 
