@@ -249,7 +249,7 @@ def evaluate(run: RunFolder):
 
     Example: `ssiuu evaluate runs/ssiuu`
     """
-    from .evaluation.sets import evaluate_run
+    from .commands.evaluate import evaluate_run
 
     evaluate_run(run)
     _print_summary([run])

@@ -15,7 +15,8 @@ from rich.markup import escape
 from ..analysis.influence import diagnose_runs
 from ..data.facts import BUILTIN, Fact, Split, by_subject, check_split, load_facts
 from ..data.prompts import PromptFormat
-from ..evaluation.likelihood import known_facts, score_facts
+from ..evaluation.known import known_facts
+from ..evaluation.likelihood import score_facts
 from ..models.load import PACKAGED, load_model, position_limit
 from ..progress import console, job
 from ..report.page import summary_table, write_report

@@ -17,7 +17,8 @@ from ssiuu_kernels.ops.common.precision import LARGEST
 
 from ..data.facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
 from ..data.prompts import PromptFormat
-from ..evaluation.likelihood import chance, known_facts, score_facts
+from ..evaluation.known import known_facts
+from ..evaluation.likelihood import chance, score_facts
 from ..evaluation.sets import evaluate_sets, evaluate_split
 from ..methods.registry import (
     OptimizerOptions,

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
+from ..data.facts import Fact, all_have_options
 from ..data.prompts import PromptFormat
+from ..data.words import chosen_option
+from .mode import eval_mode
 
 NEW_TOKENS = 48  # at least; see `room_for`
+CHOICE_TOKENS = 12  # at least, for a choice that is written
 BATCH = 32
 
 
@@ -60,6 +64,25 @@ def generate(
         if progress is not None:
             progress(len(samples))
     return answers
+
+
+def generation_accuracy(model: PreTrainedModel, prompts: PromptFormat, facts: Sequence[Fact]) -> float:
+    """Share of facts that the model answers when the options stand in the prompt and it writes its choice.
+
+    The options are listed in alphabetical order, which says nothing of the truth. A choice is the longest option that
+    the answer begins with, as whole words, letter case aside.
+
+    Raises:
+        ValueError: a fact without options.
+    """
+    if not all_have_options(facts):
+        raise ValueError("facts without false_options cannot be asked as a choice; use score_facts (ROUGE-L recall)")
+    texts = [prompts.question(f"{fact.question} ({', '.join(sorted(fact.options))})") for fact in facts]
+    room = room_for([sample.answer for sample in prompts.encode_options(facts)], CHOICE_TOKENS)
+    with eval_mode(model):
+        answers = generate(model, prompts, texts, new_tokens=room)
+    right = [chosen_option(a, fact.options) == fact.answer for a, fact in zip(answers, facts, strict=True)]
+    return sum(right) / len(right)
 
 
 @contextmanager

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -18,10 +16,9 @@ from ssiuu_kernels import sequence_log_probs
 
 from ..data.facts import Fact, all_have_options
 from ..data.prompts import Encoded, PromptFormat
-from ..data.words import WordTokenizer, chosen_option
-from .generation import generate, room_for
+from .mode import eval_mode
+from .rouge import rouge_recall
 
-CHOICE_TOKENS = 12  # at least, for a choice that is written
 SHORTEST_SHARED = 8  # tokens at the start of all prompts that are worth a forward of their own
 CACHE_NAMES = ("cache", "past_key_values")  # what forwards call it, the newest name first
 
@@ -70,7 +67,7 @@ def score_facts(
     counts = [len(fact.options) for fact in facts]
     # Writing the answers takes most of the time where there are no options, and choosing takes all of it elsewhere.
     chosen, written = (progress, None) if options else (None, progress)
-    with _evaluating(model):
+    with eval_mode(model):
         encoded = prompts.encode_options(facts)
         log_probs, lengths = _log_probs(model, prompts, encoded, batch_size, chosen and _per(chosen, counts))
         by_fact = zip(log_probs.split(counts), lengths.split(counts), strict=True)
@@ -152,58 +149,3 @@ class _SharedStart(NamedTuple):
         seen = batch["attention_mask"].new_ones(rows, self.length)
         mask = torch.cat([seen, batch["attention_mask"]], dim=1)
         return {**batch, "attention_mask": mask, self.name: cache, "use_cache": True}
-
-
-def rouge_recall(
-    model: PreTrainedModel,
-    prompts: PromptFormat,
-    facts: Sequence[Fact],
-    progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """ROUGE-L recall of the generated answer against the true one, float32 `[N]`; TOFU's forget threshold is on it.
-
-    Args:
-        progress: called with the number of facts done since the last call.
-    """
-    scorer = RougeScorer(["rougeL"], tokenizer=WordTokenizer())
-    room = room_for([sample.answer for sample in prompts.encode_facts(facts)])
-    answers = generate(model, prompts, [prompts.question(fact.question) for fact in facts], room, progress)
-    return torch.tensor(
-        [scorer.score(fact.answer, answer)["rougeL"].recall for fact, answer in zip(facts, answers, strict=True)]
-    )
-
-
-def generation_accuracy(model: PreTrainedModel, prompts: PromptFormat, facts: Sequence[Fact]) -> float:
-    """Share of facts that the model answers when the options stand in the prompt and it writes its choice.
-
-    The options are listed in alphabetical order, which says nothing of the truth. A choice is the longest option that
-    the answer begins with, as whole words, letter case aside.
-
-    Raises:
-        ValueError: a fact without options.
-    """
-    if not all_have_options(facts):
-        raise ValueError("facts without false_options cannot be asked as a choice; use score_facts (ROUGE-L recall)")
-    texts = [prompts.question(f"{fact.question} ({', '.join(sorted(fact.options))})") for fact in facts]
-    room = room_for([sample.answer for sample in prompts.encode_options(facts)], CHOICE_TOKENS)
-    with _evaluating(model):
-        answers = generate(model, prompts, texts, new_tokens=room)
-    right = [chosen_option(a, fact.options) == fact.answer for a, fact in zip(answers, facts, strict=True)]
-    return sum(right) / len(right)
-
-
-def known_facts(scores: FactScores, facts: Sequence[Fact], min_probability: float) -> list[Fact]:
-    """The facts that the model answers, with at least this probability, surest first."""
-    order = scores.probability.argsort(descending=True).tolist()
-    return [facts[i] for i in order if scores.score[i] == 1 and scores.probability[i] >= min_probability]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode inside, the model's own mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

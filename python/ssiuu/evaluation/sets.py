@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from ..data.facts import Fact, Split, all_have_options
 from ..data.prompts import PromptFormat
-from ..models.load import load_model, position_limit
 from ..progress import job
-from ..runs.folder import Run
-from .likelihood import FactScores, generation_accuracy, score_facts
+from .generation import generation_accuracy
+from .likelihood import FactScores, score_facts
 
 # Of the mean score; the others are called after their set, as in "forget_probability".
 SCORE_NAMES = {"forget": "fs", "retain": "rs", "unseen": "unseen_fs"}
@@ -59,28 +57,4 @@ def evaluate_split(
             for score, facts in (("fs_generation", split.forget), ("rs_generation", split.retain)):
                 if facts and all_have_options(facts):
                     found[score] = generation_accuracy(model, prompts, facts)
-    return found
-
-
-def evaluate_run(run_dir: str | Path) -> dict:
-    """Evaluate a finished run's model and the model it started from on all sets, by choice and by generation.
-
-    Returns:
-        {"before": {...}, "after": {...}}, also written to the run's evaluation.json.
-
-    Raises:
-        ValueError: no finished run, or one that another process evaluates.
-        OSError: a run folder that cannot be written to, before any work.
-    """
-    run = Run.open(run_dir)
-    config, split = run.read("config.json"), run.split()
-    found = {}
-    with run.work("evaluate"):
-        for when, name in (("before", config["model"]), ("after", run.model)):
-            model, tokenizer = load_model(
-                name, dtype=config["dtype"], trust_remote_code=config.get("trust_remote_code", False)
-            )
-            prompts = PromptFormat(tokenizer, config["shots"], position_limit(model))
-            found[when] = evaluate_split(model, prompts, split, name=f"evaluate {when}", generation=True)
-        run.write("evaluation.json", found)
     return found

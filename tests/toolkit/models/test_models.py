@@ -11,11 +11,11 @@ import transformers
 
 from ssiuu.analysis.influence import diagnose_runs
 from ssiuu.commands.attack import Attack, attack_run
+from ssiuu.commands.evaluate import evaluate_run
 from ssiuu.commands.finetune import finetune
 from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.evaluation.likelihood import score_facts
-from ssiuu.evaluation.sets import evaluate_run
 from ssiuu.models import load as models
 from ssiuu.models.load import load_model, position_limit
 
