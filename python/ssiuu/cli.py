@@ -237,7 +237,7 @@ def diagnose(
 
     Example: `ssiuu diagnose runs/gd runs/ssiuu`
     """
-    from .analysis.influence import diagnose_runs
+    from .commands.diagnose import diagnose_runs
 
     diagnose_runs(runs, batch_size=batch_size, target=target, backend=backend)
     _print_summary(runs)

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from rich.markup import escape
 
-from ..analysis.influence import diagnose_runs
 from ..data.facts import BUILTIN, Fact, Split, by_subject, check_split, load_facts
 from ..data.prompts import PromptFormat
 from ..evaluation.known import known_facts
@@ -22,6 +21,7 @@ from ..progress import console, job
 from ..report.page import summary_table, write_report
 from ..runs.folder import COMPLETE, Run
 from .attack import Attack, attack_run
+from .diagnose import diagnose_runs
 from .unlearn import UnlearnOptions, unlearn
 
 METHODS = ("gd", "ssiuu")

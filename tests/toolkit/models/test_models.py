@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from ssiuu.analysis.influence import diagnose_runs
 from ssiuu.commands.attack import Attack, attack_run
+from ssiuu.commands.diagnose import diagnose_runs
 from ssiuu.commands.evaluate import evaluate_run
 from ssiuu.commands.finetune import finetune
 from ssiuu.commands.unlearn import unlearn
