@@ -164,7 +164,7 @@ def unlearn(
     out, resume = options.pop("out"), options.pop("resume")
     from .commands.unlearn import UnlearnOptions
     from .commands.unlearn import unlearn as run_unlearning
-    from .data.facts import BUILTIN
+    from .data.sources import BUILTIN
 
     if facts is None and forget is None and retain is None:
         options["facts"] = BUILTIN

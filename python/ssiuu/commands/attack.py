@@ -12,9 +12,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..data.facts import BUILTIN, Fact
+from ..data.facts import Fact
 from ..data.instructions import load_instructions
 from ..data.prompts import Encoded, PromptFormat
+from ..data.sources import BUILTIN
 from ..evaluation.likelihood import score_facts
 from ..evaluation.sets import named_means
 from ..methods.registry import check_learning_rate

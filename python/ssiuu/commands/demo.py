@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from rich.markup import escape
 
-from ..data.facts import BUILTIN, Fact, Split, by_subject, check_split, load_facts
+from ..data.facts import Fact, Split, by_subject, check_split, load_facts
 from ..data.prompts import PromptFormat
+from ..data.sources import BUILTIN
 from ..evaluation.known import known_facts
 from ..evaluation.likelihood import score_facts
 from ..models.load import PACKAGED, load_model, position_limit

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
 
-from ..data.facts import BUILTIN, Split, load_facts
+from ..data.facts import Split, load_facts
 from ..data.prompts import Encoded, PromptFormat
+from ..data.sources import BUILTIN
 from ..evaluation.sets import evaluate_split
 from ..methods.registry import check_learning_rate, check_weights_dtype
 from ..models.load import load_model, position_limit

@@ -15,8 +15,9 @@ from ssiuu_kernels.log_probs import check_target
 from ssiuu_kernels.loss.unlearning import ENGINES, ONE_BACKWARD
 from ssiuu_kernels.ops.common.precision import LARGEST
 
-from ..data.facts import BUILTIN, Fact, Split, all_have_options, check_split, load_facts, split_by_subject
+from ..data.facts import Fact, Split, all_have_options, check_split, load_facts, split_by_subject
 from ..data.prompts import PromptFormat
+from ..data.sources import BUILTIN
 from ..evaluation.known import known_facts
 from ..evaluation.likelihood import chance, score_facts
 from ..evaluation.sets import evaluate_sets, evaluate_split
