@@ -216,10 +216,12 @@ def attack(
 
     Example: `ssiuu attack runs/ssiuu --kind harmful --fraction 0.3 --learning-rate 1e-5 --steps 10`
     """
-    from .commands.attack import KINDS, attack_grid, attack_run
+    from .attacks.grid import attack_grid
+    from .attacks.kinds import ATTACK_KINDS
+    from .commands.attack import attack_run
 
     attacks = attack_grid(
-        kind or KINDS, seed or (0,), fractions=fraction, learning_rates=learning_rate,
+        kind or ATTACK_KINDS, seed or (0,), fractions=fraction, learning_rates=learning_rate,
         steps=steps, batch_size=batch_size, instructions=instructions, evaluate_every=evaluate_every,
     )  # fmt: skip
     attack_run(run, attacks)

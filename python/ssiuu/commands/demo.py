@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from rich.markup import escape
 
+from ..attacks.retraining import Attack
 from ..data.facts import Fact, Split, by_subject, check_split, load_facts
 from ..data.prompts import PromptFormat
 from ..data.sources import BUILTIN
@@ -22,7 +23,7 @@ from ..models.smollm2 import PACKAGED
 from ..progress import console, job
 from ..report.page import summary_table, write_report
 from ..runs.folder import COMPLETE, Run
-from .attack import Attack, attack_run
+from .attack import attack_run
 from .diagnose import diagnose_runs
 from .unlearn import UnlearnOptions, unlearn
 

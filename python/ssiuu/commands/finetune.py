@@ -1,16 +1,12 @@
-"""Plain fine-tuning: facts into a model (TOFU's first step), and the loop that the attacks share."""
+"""Plain fine-tuning: facts into a model, TOFU's first step."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel, set_seed
-
 from ..data.facts import Split, load_facts
-from ..data.prompts import Encoded, PromptFormat
+from ..data.prompts import PromptFormat
 from ..data.sources import BUILTIN
 from ..evaluation.sets import evaluate_split
 from ..methods.registry import check_learning_rate, check_weights_dtype
@@ -18,36 +14,10 @@ from ..models.load import load_model, position_limit
 from ..progress import job
 from ..runs.folder import Run
 from ..training.step_log import StepRecord
-from ..training.trainer import RecordedTrainer, Schedule, refuse_launchers, training_arguments
+from ..training.supervised import train_on
+from ..training.trainer import refuse_launchers
 
 logger = logging.getLogger(__name__)
-
-
-def train_on(
-    model: PreTrainedModel,
-    prompts: PromptFormat,
-    samples: Sequence[Encoded],
-    *,
-    learning_rate: float,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    record: StepRecord,
-) -> None:
-    """Train on the answers of `samples` with AdamW at a constant learning rate; nothing is saved.
-
-    Args:
-        samples: what to train on; `batch_size` of them a step, or all where there are fewer.
-        record: receives every step.
-
-    Raises:
-        DivergedError: a loss or gradient that is not finite.
-    """
-    set_seed(seed)
-    schedule = Schedule([(samples, min(batch_size, len(samples)), False)], steps, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(Path(folder), learning_rate=learning_rate, max_steps=steps, seed=seed)
-        RecordedTrainer(model, arguments, schedule, prompts, record).train()
 
 
 def finetune(

@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ..analysis.influence import KINDS, TOP
-from ..runs.read import RunRecord, attack_groups
+from ..attacks.kinds import ATTACK_KINDS
+from ..runs.read import RunRecord
+from .groups import attack_groups, mean_curve
 from .style import FAINT, STYLE, colour, from_zero, line_of, method_legend, new_figure, whole_numbers
 
 
@@ -29,17 +31,10 @@ def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def mean_curve(attacks: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps that all the attacks have measured `name` at, and its mean over the attacks there."""
-    curves = [{step["step"]: step[name] for step in attack["steps"] if name in step} for attack in attacks]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    return steps, [sum(curve[step] for curve in curves) / len(curves) for step in steps]
-
-
 def overview(records: Sequence[RunRecord]) -> Figure | None:
     """One plot for a README: what unlearning did to neurons, and what further training brings back."""
     diagnosed = [record for record in records if record.diagnosis]
-    kinds = [kind for kind in ("harmful", "benign") if any(record.attacks_of(kind) for record in records)]
+    kinds = [kind for kind in ATTACK_KINDS if any(record.attacks_of(kind) for record in records)]
     if not diagnosed and not kinds:
         return None
     widths = [1.25] * bool(diagnosed) + [1.0] * len(kinds)

@@ -14,9 +14,11 @@ from rich.table import Table
 
 import ssiuu_kernels as sk
 
+from ..attacks.kinds import ATTACK_KINDS
 from ..runs.locks import locked
-from ..runs.read import RunRecord, attack_groups, read_runs
+from ..runs.read import RunRecord, read_runs
 from . import figures as plots
+from .groups import attack_groups, attack_summary
 from .style import colour, save
 
 NOT_RUN = "not run"
@@ -38,9 +40,7 @@ METRICS = {
     "P(answer)": "Mean probability of the true answer, given the question. It moves where a few facts make FS coarse.",
     "by generation": "The same when the options stand in the prompt and the model writes its choice.",
     "margin": "Mean lead of the true answer over the best false option, in log-likelihood. Below 0, it loses.",
-    "harmful attack": "Training further on a fraction p of the forget facts. The unseen facts, which it does not train "
-    "on, show whether the others come back with them.",
-    "benign attack": "Training further on instructions that have nothing to do with the facts.",
+    **{f"{kind.name} attack": kind.summary for kind in ATTACK_KINDS.values()},
     "highest value": "Of an attack: the highest on the way, as the paper reports it, averaged over the learning rates "
     "and seeds that were run.",
     "D+": "Positive influence removed, summed over 100 neurons: knowledge erased.",
@@ -173,19 +173,6 @@ def table_rows(records: Sequence[RunRecord]) -> list[Row]:
     for name, key in (("D+, erased", "d_plus"), ("D-, hidden", "d_minus")):
         rows.append(Row("Influence variation", name, [_or_not_run(found.get(key), ".3g") for found in sums]))
     return rows
-
-
-def attack_summary(record: RunRecord, group: tuple[str, float | None]) -> dict[str, float]:
-    """Highest values on the way, as means over a group's learning rates and seeds; empty where none was run."""
-    attacks = record.attacks_of(*group)
-    if not attacks:
-        return {}
-    found = {"attacks": len(attacks)}
-    for name in ("fs", "unseen_fs", "forget_probability", "unseen_probability"):
-        maxima = [max((step[name] for step in attack["steps"] if name in step), default=None) for attack in attacks]
-        if None not in maxima:
-            found[f"max_{name}"] = sum(maxima) / len(maxima)
-    return found
 
 
 def as_json(records: Sequence[RunRecord]) -> dict:

@@ -53,13 +53,6 @@ class RunRecord:
         return [a for a in self.attacks if a["kind"] == kind and (not fraction or a["fraction"] == fraction[0])]
 
 
-def attack_groups(records: Iterable[RunRecord]) -> dict[tuple[str, float | None], str]:
-    """(kind, fraction) -> title, of every group of attacks that differ in learning rate and seed alone."""
-    found = {(attack["kind"], attack["fraction"]) for record in records for attack in record.attacks}
-    ordered = sorted(found, key=lambda group: (group[0] == "benign", group[1] or 0))
-    return {(kind, p): kind if p is None else f"{kind} p = {p:g}" for kind, p in ordered}
-
-
 def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
     """Read finished runs that started from the same model.
 
@@ -87,7 +80,7 @@ def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
 def _read_run(path: Path) -> RunRecord:
     config = Run.open(path).read("config.json")
     attacks = [_read_json(file) for file in (path / "attacks").glob("*.json")]
-    attacks.sort(key=lambda a: (a["kind"] == "benign", a["fraction"] or 0, a["learning_rate"], a["seed"]))
+    attacks.sort(key=lambda a: (a["kind"], a["fraction"] or 0, a["learning_rate"], a["seed"]))
     diagnosis = _read_json(path / "diagnosis.json")
     return RunRecord(
         path=path,

@@ -7,18 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssiuu.attacks import retraining
+from ssiuu.attacks.retraining import Attack
 from ssiuu.commands import attack
-from ssiuu.commands.attack import Attack, attack_grid, attack_run
+from ssiuu.commands.attack import attack_run
 from ssiuu.commands.unlearn import UnlearnOptions, unlearn
 from ssiuu.data.facts import Split
 
 HARMFUL = Attack("harmful", 0.3, 1e-2, steps=4, evaluate_every=2)
-
-
-def test_the_papers_grid():
-    names = [attack.name for attack in attack_grid(("harmful", "benign"))]
-    assert len(names) == len(set(names)) == 9
-    assert names[0] == "harmful-p0.1-lr1e-05-seed0"
 
 
 def test_a_harmful_attack_brings_its_own_facts_back(run):
@@ -91,13 +87,13 @@ def test_attacks_without_data_are_refused_before_any_of_them(model_dir, facts, t
 
 
 def test_each_forget_fact_is_scored_once_an_evaluation(run, monkeypatch):
-    scored, score_facts = [], attack.score_facts
+    scored, score_facts = [], retraining.score_facts
 
     def score(model, prompts, facts):
         scored.append(len(facts))
         return score_facts(model, prompts, facts)
 
-    monkeypatch.setattr(attack, "score_facts", score)
+    monkeypatch.setattr(retraining, "score_facts", score)
     attack_run(run.path, [HARMFUL])
     assert scored == [len(run.split().forget)] * 3  # at steps 0, 2 and 4
 

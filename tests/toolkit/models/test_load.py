@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from ssiuu.commands.attack import Attack, attack_run
+from ssiuu.attacks.retraining import Attack
+from ssiuu.commands.attack import attack_run
 from ssiuu.commands.diagnose import diagnose_runs
 from ssiuu.commands.evaluate import evaluate_run
 from ssiuu.commands.finetune import finetune

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ssiuu.report import figures as plots
 from ssiuu.report import page as report
+from ssiuu.report.groups import attack_summary, mean_curve
 from ssiuu.report.style import line_of
 from ssiuu.runs import read as records
 from tests.support.run_folders import write_run
@@ -103,7 +104,7 @@ def test_numbers_in_json(runs, written):
 def test_attacks_are_means_over_learning_rates_of_the_maximum(runs):
     record = records.read_runs(runs[:1])[0]
     maxima = [json.loads(file.read_text())["max_fs"] for file in (runs[0] / "attacks").glob("harmful-0.3-*.json")]
-    summary = report.attack_summary(record, ("harmful", 0.3))
+    summary = attack_summary(record, ("harmful", 0.3))
     assert len(maxima) == summary["attacks"] == 2
     assert summary["max_fs"] == pytest.approx(sum(maxima) / 2)
 
@@ -144,7 +145,7 @@ def test_runs_of_one_method_are_told_apart(tmp_path):
 def test_mean_curve_keeps_to_the_steps_that_all_have():
     measured = ({0: 0.2, 1: 0.2, 2: 0.2}, {0: 0.4, 2: 0.4})
     attacks = [{"steps": [{"step": step, "fs": fs} for step, fs in points.items()]} for points in measured]
-    steps, values = plots.mean_curve(attacks, "fs")
+    steps, values = mean_curve(attacks, "fs")
     assert steps == [0, 2]
     assert values == pytest.approx([0.3, 0.3])
 
