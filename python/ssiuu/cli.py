@@ -283,7 +283,7 @@ def env():
 
 def _print_summary(runs: list[Path]) -> None:
     from .progress import console
-    from .report.page import summary_table
+    from .report.table import summary_table
 
     console.print(summary_table(runs))
 

@@ -21,7 +21,8 @@ from ..evaluation.likelihood import score_facts
 from ..models.load import load_model, position_limit
 from ..models.smollm2 import PACKAGED
 from ..progress import console, job
-from ..report.page import summary_table, write_report
+from ..report.page import write_report
+from ..report.table import summary_table
 from ..runs.folder import COMPLETE, Run
 from .attack import attack_run
 from .diagnose import diagnose_runs

@@ -48,6 +48,16 @@ class RunRecord:
     def method(self) -> str:
         return self.config["method"]
 
+    @property
+    def steps(self) -> int | None:
+        """Number of the last step; None where none was logged."""
+        return self.metrics[-1]["step"] if self.metrics else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all steps, evaluation left out; None where none was logged."""
+        return sum(line["seconds"] for line in self.metrics) if self.metrics else None
+
     def attacks_of(self, kind: str, *fraction: float | None) -> list[dict]:
         """The attacks of a kind, of every fraction or of the one given."""
         return [a for a in self.attacks if a["kind"] == kind and (not fraction or a["fraction"] == fraction[0])]
