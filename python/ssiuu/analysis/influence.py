@@ -63,7 +63,7 @@ def mean_influence(scores: NeuronScores) -> Influence:
 
 
 def _variation(before: Influence, after: Influence) -> Variation:
-    # The mean is linear, so the means over samples are all that has to be kept of either model.
+    # The mean is linear, so only the means over samples have to be kept of either model.
     d_plus = (before.max - after.positive_max).clamp(min=0)
     d_minus = (before.min - after.min).clamp(min=0)
     return Variation(d_plus.float(), d_minus.float())

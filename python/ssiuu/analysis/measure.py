@@ -23,7 +23,7 @@ def measure_influence(
 ) -> dict[str, Influence]:
     """The influence of every neuron of Q, K, V (or QKV), O, gate, up and down over a set of samples, batch by batch.
 
-    Memory is one batch's attribution and three vectors a module, whatever the number of samples.
+    Memory is one batch's attribution and three vectors per module, whatever the number of samples.
 
     Args:
         model: a Hugging Face causal language model, not patched; it is run in eval mode, and left so.
@@ -77,5 +77,5 @@ def _stack(kind: str, layers: list[Influence]) -> Influence:
         raise ValueError(f"{kind} has layers of widths {sorted(widths)}; expected layers of one width")
     stacked = Influence(*map(torch.stack, zip(*layers, strict=True)))
     if not all(part.isfinite().all() for part in stacked):
-        raise ValueError(f"attribution of {kind} is not finite; expected a model whose probabilities are numbers")
+        raise ValueError(f"attribution of {kind} is not finite; probabilities must be finite")
     return stacked

@@ -23,7 +23,7 @@ def attack_run(run_dir: str | Path, attacks: Sequence[Attack]) -> list[dict]:
 
     Raises:
         ValueError: no finished run, or one that another process attacks; options out of range, instructions that
-            cannot be read, or a result of other options under the same name.
+            cannot be read, or a result under the same name that was made with other options.
         OSError: a run folder that cannot be written to, before any work.
     """
     refuse_launchers()
@@ -51,5 +51,6 @@ def _done(run: Run, attack: Attack) -> bool:
         return False
     options = run.read(f"attacks/{attack.name}.json")["options"]
     if options != attack.options:
-        raise ValueError(f"{run.attacks / attack.name}.json is of other options, {options}; remove it to attack again")
+        file = run.attacks / f"{attack.name}.json"
+        raise ValueError(f"{file} was made with other options, {options}; remove it to attack again")
     return True

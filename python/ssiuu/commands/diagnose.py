@@ -35,7 +35,7 @@ def diagnose_runs(
 
     Args:
         run_dirs: run folders.
-        batch_size: samples a forward and backward.
+        batch_size: samples per forward and backward.
         target: as in `measure_influence`.
         backend: backend of the kernels.
 
@@ -90,7 +90,7 @@ class _Samples(NamedTuple):
     def measure(
         self, name: str | Path, batch_size: int, target: str, backend: str, progress: Callable[[int], None]
     ) -> tuple[dict[str, Influence], float]:
-        """Influence in the model of this name, and the seconds that it took, loading aside."""
+        """Influence in the model of this name, and the seconds that it took, without loading."""
         model, tokenizer = load_model(name, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         prompts = PromptFormat(tokenizer, self.shots, position_limit(model))
         encoded = prompts.encode_facts(self.facts)

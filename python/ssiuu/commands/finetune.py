@@ -35,11 +35,11 @@ def finetune(
 ) -> Run:
     """Teach a model the facts of a file, and keep it in a run folder (`model/` can then be unlearned from).
 
-    Each answer ends with the tokenizer's end token, so that the model learns where to stop. A run that was broken off
-    is begun again in its folder.
+    Each answer ends with the tokenizer's end token, so that the model learns where to stop. An interrupted run starts
+    again in its folder.
 
     Raises:
-        ValueError: a folder that holds something else, or in which another process is at work; malformed facts, facts
+        ValueError: a folder with other contents, or in which another process is at work; malformed facts, facts
             that do not fit the model, numbers out of range.
         OSError: a folder that cannot be written to, before any model is loaded; a full disk.
         DivergedError: a loss or gradient that is not finite.

@@ -13,9 +13,16 @@ PACKED = {"gzip": b"\x1f\x8b", "zip": b"PK\x03\x04", "parquet": b"PAR1", "zstand
 
 
 def read_rows(source: str | Path, embedded: str) -> Iterable[tuple[str, object]]:
-    """(where it stands, row) of a file or a dataset; `embedded` is the package's file that "builtin" means.
+    """(where it is, row) of each row of a file or a dataset. A file is JSON Lines, or one JSON array.
 
-    A file is JSON Lines, or one JSON array.
+    Args:
+        source: "builtin", the path of a file, or a `datasets` name as "name" or "name:configuration".
+        embedded: the package's file that "builtin" means.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a folder, a packed file, text that is not UTF-8, malformed JSON (with its line), or a dataset that
+            cannot be loaded.
     """
     if source == BUILTIN:
         return _parse((resources.files("ssiuu") / "data" / "builtin" / embedded).read_bytes(), embedded)
@@ -49,19 +56,19 @@ def _parse_array(text: str, name: str) -> Iterable[tuple[str, object]]:
 
 
 def _parse_lines(text: str, name: str) -> Iterable[tuple[str, object]]:
-    # splitlines() breaks at U+2028 too, which JSON allows within a text. Blank lines at the end are nothing.
+    # splitlines() breaks at U+2028 too, which JSON allows within a text. Blank lines at the end are ignored.
     for number, line in enumerate(text.rstrip().split("\n") if text.strip() else [], 1):
         where = f"{name}, line {number}"
         if not line.strip():
-            raise ValueError(f"{where} is empty; expected one JSON object a line")
+            raise ValueError(f"{where} is empty; expected one JSON object per line")
         try:
             yield where, json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}; expected one JSON object a line") from None
+            raise ValueError(f"{where} is not JSON: {error}; expected one JSON object per line") from None
 
 
 def _read_dataset(source: str) -> Iterable[tuple[str, object]]:
-    import datasets  # takes seconds to import, and most runs read no hub
+    import datasets  # takes seconds to import, and most runs need no dataset
 
     name, _, configuration = source.partition(":")
     try:

@@ -1,4 +1,4 @@
-"""Greedy continuations, whatever a model's own generation config asks for."""
+"""Greedy generation, whatever a model's own generation config asks for, and the accuracy of choices it writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 32
 
 
 def room_for(answers: Sequence[Sequence[int]], least: int = NEW_TOKENS) -> int:
-    """New tokens in which a model can write answers of these tokens in words of its own: half as many again."""
+    """New tokens that leave room for these answers in the model's own words: half as many again as the longest has."""
     return max(least, max(map(len, answers)) * 3 // 2)
 
 
@@ -67,10 +67,10 @@ def generate(
 
 
 def generation_accuracy(model: PreTrainedModel, prompts: PromptFormat, facts: Sequence[Fact]) -> float:
-    """Share of facts that the model answers when the options stand in the prompt and it writes its choice.
+    """Share of facts that the model answers when the prompt lists the options and the model writes its choice.
 
-    The options are listed in alphabetical order, which says nothing of the truth. A choice is the longest option that
-    the answer begins with, as whole words, letter case aside.
+    The options are in alphabetical order, which does not reveal the true one. A choice is the longest option that the
+    answer begins with, as whole words and in any letter case.
 
     Raises:
         ValueError: a fact without options.
@@ -87,10 +87,10 @@ def generation_accuracy(model: PreTrainedModel, prompts: PromptFormat, facts: Se
 
 @contextmanager
 def _own_generation_config(model: PreTrainedModel, prompts: PromptFormat, room: int) -> Iterator[GenerationConfig]:
-    """A greedy config that keeps nothing of the model's but its end tokens.
+    """A greedy config that keeps only the end tokens of the model's own.
 
-    `generate` fills what a config leaves open (repetition_penalty, num_beams, ...) from the model's, so the model's is
-    put aside.
+    `generate` fills what a config leaves open (repetition_penalty, num_beams, ...) from the model's own config, so this
+    one replaces it meanwhile.
     """
     kept = model.generation_config
     ends = set()
@@ -121,7 +121,7 @@ class _FirstLineEnds(StoppingCriteria):
 
 
 def _first_line(text: str) -> str:
-    """The same whether or not anything was written behind the line break."""
+    """The first line that is not empty; the same whether or not text follows its line break."""
     return text.lstrip().split("\n")[0].rstrip()
 
 

@@ -1,4 +1,4 @@
-"""How much of a set of facts a model still answers: by choice among options, by probability, by generation."""
+"""How much of a set of facts a model still answers: choice among options, probability, margin."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FactScores(NamedTuple):
 
     def means(self) -> dict[str, float]:
         """{"score", "probability", "margin"} over the facts; no margin where there are no options."""
-        # In double, 4 of 12 is the very number 1/3 to which thresholds are compared.
+        # In float64, 4 of 12 is exactly the 1/3 to which thresholds are compared.
         found = {name: getattr(self, name).double().mean().item() for name in self._fields}
         return found if found["margin"] == found["margin"] else {k: v for k, v in found.items() if k != "margin"}
 
@@ -60,7 +60,7 @@ def score_facts(
 
     Args:
         facts: all with options, or all without.
-        batch_size: sequences a forward.
+        batch_size: sequences per forward.
         progress: called with the number of facts done since the last call.
     """
     options = all_have_options(facts)
@@ -78,7 +78,7 @@ def score_facts(
 
 
 def chance(facts: Sequence[Fact]) -> float:
-    """The score of answers drawn blindly among each fact's options: 1/3 where all have two false ones."""
+    """Score of answers drawn at random among each fact's options: 1/3 where all have two false ones."""
     return float(sum(Fraction(1, len(fact.options)) for fact in facts) / len(facts))
 
 
@@ -102,7 +102,7 @@ def _log_probs(
     batch_size: int,
     progress: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-likelihood and length of each answer, float32 `[N]`. What all prompts begin with runs once."""
+    """Log-likelihood and length of each answer, float32 `[N]`. The tokens that all prompts begin with run once."""
     start = _SharedStart.of(model, [sample.prompt for sample in encoded])
     log_probs, lengths = [], torch.tensor([float(len(sample.answer)) for sample in encoded])
     for first in range(0, len(encoded), batch_size):
@@ -117,7 +117,7 @@ def _log_probs(
 
 
 class _SharedStart(NamedTuple):
-    """The tokens that all prompts begin with, as a KV cache; of length 0 where a cache is not worth it or not taken."""
+    """The tokens that all prompts begin with, as a KV cache; of length 0 where there is none."""
 
     length: int
     name: str | None
@@ -136,11 +136,11 @@ class _SharedStart(NamedTuple):
         cache = DynamicCache(config=model.config)
         ids = torch.tensor([list(first[:length])], device=model.device)
         model(input_ids=ids, use_cache=True, **{name: cache})
-        # A forward that swallows the argument leaves the cache empty; the whole prompts are right there, and slower.
+        # A forward that ignores the argument leaves the cache empty; running whole prompts is right too, only slower.
         return cls(length, name, cache) if cache.get_seq_length() == length else nothing
 
     def put_before(self, batch: dict[str, Tensor]) -> dict:
-        """The arguments of a forward over `batch` behind the shared tokens."""
+        """The arguments of a forward over `batch`, which follows the shared tokens."""
         if not self.length:
             return {**batch, "use_cache": False}
         rows = len(batch["input_ids"])

@@ -21,7 +21,7 @@ def rouge_recall(
     facts: Sequence[Fact],
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """ROUGE-L recall of the generated answer against the true one, float32 `[N]`; TOFU's forget threshold is on it.
+    """ROUGE-L recall of the generated answer against the true one, float32 `[N]`, as TOFU scores answers.
 
     Args:
         progress: called with the number of facts done since the last call.

@@ -12,7 +12,7 @@ from ..progress import job
 from .generation import generation_accuracy
 from .likelihood import FactScores, score_facts
 
-# Of the mean score; the others are called after their set, as in "forget_probability".
+# Names of the mean score; other means are named after their set, as in "forget_probability".
 SCORE_NAMES = {"forget": "fs", "retain": "rs", "unseen": "unseen_fs"}
 
 
@@ -43,11 +43,11 @@ def evaluate_sets(
 def evaluate_split(
     model: PreTrainedModel, prompts: PromptFormat, split: Split, *, name: str, generation: bool = False
 ) -> dict[str, float]:
-    """All sets of a split; the test set's scores are named as the retain set's, with "test_" before.
+    """All sets of a split; the test set's scores are named as the retain set's, after "test_".
 
     Args:
         name: of the bar.
-        generation: also the accuracy when the model writes its choice among options that stand in the prompt.
+        generation: also the accuracy when the prompt lists the options and the model writes its choice.
     """
     with job(name, sum(map(len, split))) as bar:
         found = evaluate_sets(model, prompts, split.forget, split.retain, bar.advance)

@@ -49,7 +49,7 @@ def load_model(
         raise ValueError(f"dtype={dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
     source = packaged_model() if str(name) == PACKAGED else name
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{source} holds no model; expected a folder with config.json and safetensors")
+        raise ValueError(f"{source} is not a model folder; expected config.json and safetensors in it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -64,7 +64,7 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"model {name} could not be loaded: {textwrap.shorten(str(error), 400)}; "
-            "expected a hub name within reach, or a folder with config.json and whole safetensors"
+            "expected a hub name that can be reached, or a folder with config.json and complete safetensors"
         ) from error
     except RuntimeError as error:  # weights of other sizes than the configuration says
         raise ValueError(f"the checkpoint of {name} does not fit its configuration: {error}") from error
@@ -74,7 +74,7 @@ def load_model(
             f"the checkpoint of {name} does not fit its configuration: {len(unfit)} weights, first {unfit[0]}"
         )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        # Added to the tokenizer alone: the model has no row for it, and padding is masked, so another will do.
+        # Added to the tokenizer alone: the model has no row for it. Padding is masked, so any other token will do.
         tokenizer.pad_token = None
     _make_saveable(model, name)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
@@ -95,23 +95,23 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def _make_saveable(model: PreTrainedModel, name: str | Path) -> None:
-    """Give a model whose configs transformers will not save a generation config that it will.
+    """Replace a generation config that transformers will not save by one with the special tokens alone.
 
-    Transformers before 5 refuses, say, a temperature without sampling, and only when the first checkpoint is written.
-    What it finds of this kind in the model's own config it moves to the generation config before.
+    Transformers before 5 refuses, for example, a temperature without sampling, and only when the first checkpoint is
+    written. It moves such settings of the model's own config to the generation config first.
     """
     refused = _refusal_to_save(model)
     if refused is None:
         return
     logger.warning(
-        "the generation config of %s cannot be saved (%s); the runs' models keep its special tokens alone",
+        "the generation config of %s cannot be saved (%s); saved models keep only its special tokens",
         name, textwrap.shorten(refused, 200),
     )  # fmt: skip
     kept = {token: getattr(model.generation_config, token) for token in SPECIAL_TOKENS}
     model.generation_config = GenerationConfig(**kept)
     refused = _refusal_to_save(model)
     if refused is not None:
-        raise ValueError(f"model {name} could not be saved: {textwrap.shorten(refused, 400)}; mend its config.json")
+        raise ValueError(f"model {name} could not be saved: {textwrap.shorten(refused, 400)}; correct its config.json")
 
 
 def _refusal_to_save(model: PreTrainedModel) -> str | None:

@@ -33,14 +33,14 @@ def packaged_model() -> Path:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved there, so that a run that is killed leaves no half a model.
+    # Written beside its place and renamed, so that a killed process leaves no partial model there.
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
         partial.rename(folder)
     except OSError:
-        if not folder.is_dir():  # where it is, another process was first
+        if not folder.is_dir():  # if it is there, another process was first
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

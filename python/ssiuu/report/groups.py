@@ -21,7 +21,7 @@ def attack_groups(records: Iterable[RunRecord]) -> dict[tuple[str, float | None]
 
 
 def attack_summary(record: RunRecord, group: tuple[str, float | None]) -> dict[str, float]:
-    """Highest values on the way, as means over a group's learning rates and seeds; empty where none was run."""
+    """Highest values during attacks, as means over a group's learning rates and seeds; empty where none was run."""
     attacks = record.attacks_of(*group)
     if not attacks:
         return {}

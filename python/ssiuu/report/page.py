@@ -35,19 +35,19 @@ METRICS = {
     "RS": "Retain score: the same over facts that should be kept, from people the unlearning trained to keep.",
     "RS, other people": "The same over people in neither the forget set nor the retain set.",
     "P(answer)": "Mean probability of the true answer, given the question. It moves where a few facts make FS coarse.",
-    "by generation": "The same when the options stand in the prompt and the model writes its choice.",
+    "by generation": "The same when the prompt lists the options and the model writes its choice.",
     "margin": "Mean lead of the true answer over the best false option, in log-likelihood. Below 0, it loses.",
     **{f"{kind.name} attack": kind.summary for kind in ATTACK_KINDS.values()},
-    "highest value": "Of an attack: the highest on the way, as the paper reports it, averaged over the learning rates "
+    "highest value": "The highest value during an attack, as the paper reports it, averaged over the learning rates "
     "and seeds that were run.",
     "D+": "Positive influence removed, summed over 100 neurons: knowledge erased.",
     "D-": "Negative influence added, summed over 100 neurons: neurons grown to push the answer down, so that it is "
     "hidden rather than erased.",
     "influence variation of": "The quantity that neurons are credited with: prob is P(answer), as in the paper; "
-    "log_prob its logarithm. Attribution to prob is proportional to P(answer), so once a model gives an answer next to "
-    "no probability, D- in prob is next to nothing whatever was grown; log_prob still shows it.",
+    "log_prob its logarithm. Attribution to prob is proportional to P(answer), so once a model gives an answer almost "
+    "no probability, D- in prob is almost 0 whatever neurons grew; log_prob still shows it.",
     "lambda, share": "Weight of the SSIUU penalty, and the fraction of the parameters of negative attribution whose "
-    "penalty gradient outweighs their loss gradient. lambda is no portable number; the share is.",
+    "penalty gradient outweighs their loss gradient. Shares compare between models; lambdas do not.",
 }
 
 

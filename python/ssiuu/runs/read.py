@@ -1,4 +1,4 @@
-"""Finished run folders as the plots and the report read them, with None for what was not run."""
+"""Finished run folders as records for a report, with None for what was not run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunRecord:
         path: the run folder.
         config: config.json.
         split: name of a set of facts (forget, retain, test) -> number of facts in it.
-        metrics: the lines of metrics.jsonl, one a step.
+        metrics: the lines of metrics.jsonl, one per step.
         evaluation: evaluation.json, {"before": {...}, "after": {...}}; None where not run.
         attacks: attacks/*.json, in the order of kind, fraction, learning rate and seed.
         diagnosis: diagnosis.json; None where not run.
@@ -67,12 +67,12 @@ def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
     """Read finished runs that started from the same model.
 
     Raises:
-        ValueError: no run, a folder that is no run folder or holds an unfinished run, a file in it that cannot be
-            read, or runs of different base models.
+        ValueError: no run, a folder that is not a finished run, a file in it that cannot be read, or runs of different
+            base models.
     """
     records = [_read_run(Path(path)) for path in run_dirs]
     if not records:
-        raise ValueError("run_dirs is empty; expected at least one run folder, as `ssiuu unlearn` writes it")
+        raise ValueError("run_dirs is empty; expected at least one run folder that `ssiuu unlearn` wrote")
     bases = {record.config["model"]: record.path for record in records}
     if len(bases) > 1:
         described = ", ".join(f"{path} from {model}" for model, path in bases.items())

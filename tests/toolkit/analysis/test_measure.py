@@ -92,7 +92,7 @@ def test_no_batches():
         measure_influence(tiny_model(), [])
 
 
-def test_weights_that_are_not_numbers():
+def test_weights_that_are_not_finite():
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):

@@ -48,7 +48,7 @@ def test_finished_attacks_are_not_run_again(run, monkeypatch):
 
 def test_other_options_under_the_same_name_are_refused(run):
     attack_run(run.path, [HARMFUL])
-    with pytest.raises(ValueError, match="of other options"):
+    with pytest.raises(ValueError, match="was made with other options"):
         attack_run(run.path, [replace(HARMFUL, steps=3)])
 
 
@@ -98,7 +98,7 @@ def test_each_forget_fact_is_scored_once_an_evaluation(run, monkeypatch):
     assert scored == [len(run.split().forget)] * 3  # at steps 0, 2 and 4
 
 
-@pytest.mark.parametrize(("method", "way_on"), [("finetune", "run it anew"), ("gd", "`ssiuu unlearn --resume`")])
+@pytest.mark.parametrize(("method", "way_on"), [("finetune", "run it again"), ("gd", "`ssiuu unlearn --resume`")])
 def test_an_unfinished_run_says_what_to_do(tmp_path, method, way_on):
     (tmp_path / "config.json").write_text(json.dumps({"status": "running", "method": method}))
     with pytest.raises(ValueError, match=f"is not finished; .*{way_on}"):

@@ -128,7 +128,7 @@ def test_learned_positions_bound_what_is_written():
     model = scripted(tokenizer, " Rome and on" * 20, positions=30)
     prompts = PromptFormat(tokenizer, 0, position_limit(model))
     assert generate(model, prompts, ["Ann"])[0].startswith("Rome and on")
-    with pytest.raises(ValueError, match="the model positions for 30; use fewer --shots"):
+    with pytest.raises(ValueError, match="more than the model's 30 positions; use fewer --shots"):
         generate(model, prompts, ["Ann " * 30])
 
 

@@ -31,7 +31,7 @@ def test_unknown_dtype(model_dir):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ValueError, match="holds no model"):
+    with pytest.raises(ValueError, match="is not a model folder"):
         load_model(tmp_path)
 
 
@@ -169,5 +169,5 @@ def test_a_hub_name_out_of_reach(monkeypatch):
 def test_a_file_of_weights_that_was_cut_off(model_dir, tmp_path):
     file = changed_config(model_dir, tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"model {file.parent} could not be loaded: .*whole safetensors"):
+    with pytest.raises(ValueError, match=f"model {file.parent} could not be loaded: .*complete safetensors"):
         load_model(file.parent)
