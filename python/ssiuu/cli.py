@@ -163,7 +163,7 @@ def unlearn(
     options = dict(locals())
     out, resume = options.pop("out"), options.pop("resume")
     from .commands.unlearn import unlearn as run_unlearning
-    from .data.facts import BUILTIN
+    from .data.sources import BUILTIN
     from .options import UnlearnOptions
 
     if facts is None and forget is None and retain is None:
@@ -218,10 +218,12 @@ def attack(
 
     Example: `ssiuu attack runs/ssiuu --kind harmful --fraction 0.3 --learning-rate 1e-5 --steps 10`
     """
-    from .commands.attack import KINDS, attack_grid, attack_run
+    from .attacks.grid import attack_grid
+    from .attacks.kinds import ATTACK_KINDS
+    from .commands.attack import attack_run
 
     attacks = attack_grid(
-        kind or KINDS, seed or (0,), fractions=fraction, learning_rates=learning_rate,
+        kind or ATTACK_KINDS, seed or (0,), fractions=fraction, learning_rates=learning_rate,
         steps=steps, batch_size=batch_size, instructions=instructions, evaluate_every=evaluate_every,
     )  # fmt: skip
     attack_run(run, attacks)
@@ -239,7 +241,7 @@ def diagnose(
 
     Example: `ssiuu diagnose runs/gd runs/ssiuu`
     """
-    from .analysis.influence import diagnose_runs
+    from .commands.diagnose import diagnose_runs
 
     diagnose_runs(runs, batch_size=batch_size, target=target, backend=backend)
     _print_summary(runs)
@@ -251,7 +253,7 @@ def evaluate(run: RunFolder):
 
     Example: `ssiuu evaluate runs/ssiuu`
     """
-    from .evaluation.sets import evaluate_run
+    from .commands.evaluate import evaluate_run
 
     evaluate_run(run)
     _print_summary([run])
@@ -283,7 +285,7 @@ def env():
 
 def _print_summary(runs: list[Path]) -> None:
     from .progress import console
-    from .report.page import summary_table
+    from .report.table import summary_table
 
     console.print(summary_table(runs))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ssiuu_kernels.loss.unlearning import ENGINES
 
-from .data.facts import BUILTIN
+from .data.sources import BUILTIN
 from .training.optimizers import check_learning_rate, check_weights_dtype
 
 

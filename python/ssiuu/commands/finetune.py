@@ -1,53 +1,23 @@
-"""Plain fine-tuning: facts into a model (TOFU's first step), and the loop that the attacks share."""
+"""Plain fine-tuning: facts into a model, TOFU's first step."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel, set_seed
-
-from ..data.facts import BUILTIN, Split, load_facts
-from ..data.prompts import Encoded, PromptFormat
+from ..data.facts import Split, load_facts
+from ..data.prompts import PromptFormat
+from ..data.sources import BUILTIN
 from ..evaluation.sets import evaluate_split
 from ..models.load import load_model, position_limit
 from ..progress import job
 from ..runs.folder import Run
 from ..training.optimizers import check_learning_rate, check_weights_dtype
-from ..training.schedule import Part, Schedule
 from ..training.step_log import StepRecord
-from ..training.trainer import RecordedTrainer, refuse_launchers, training_arguments
+from ..training.supervised import train_on
+from ..training.trainer import refuse_launchers
 
 logger = logging.getLogger(__name__)
-
-
-def train_on(
-    model: PreTrainedModel,
-    prompts: PromptFormat,
-    samples: Sequence[Encoded],
-    *,
-    learning_rate: float,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    record: StepRecord,
-) -> None:
-    """Train on the answers of `samples` with AdamW at a constant learning rate; nothing is saved.
-
-    Args:
-        samples: what to train on; `batch_size` of them a step, or all where there are fewer.
-        record: receives every step.
-
-    Raises:
-        DivergedError: a loss or gradient that is not finite.
-    """
-    set_seed(seed)
-    schedule = Schedule([Part(samples, min(batch_size, len(samples)), False)], steps, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(Path(folder), learning_rate=learning_rate, max_steps=steps, seed=seed)
-        RecordedTrainer(model, arguments, schedule, prompts, record).train()
 
 
 def finetune(
@@ -65,11 +35,11 @@ def finetune(
 ) -> Run:
     """Teach a model the facts of a file, and keep it in a run folder (`model/` can then be unlearned from).
 
-    Each answer ends with the tokenizer's end token, so that the model learns where to stop. A run that was broken off
-    is begun again in its folder.
+    Each answer ends with the tokenizer's end token, so that the model learns where to stop. An interrupted run starts
+    again in its folder.
 
     Raises:
-        ValueError: a folder that holds something else, or in which another process is at work; malformed facts, facts
+        ValueError: a folder with other contents, or in which another process is at work; malformed facts, facts
             that do not fit the model, numbers out of range.
         OSError: a folder that cannot be written to, before any model is loaded; a full disk.
         DivergedError: a loss or gradient that is not finite.

@@ -14,7 +14,8 @@ import ssiuu_kernels as sk
 
 from ..data.facts import Fact, Split, all_have_options, check_split, load_facts, split_by_subject
 from ..data.prompts import Encoded, PromptFormat
-from ..evaluation.likelihood import chance, known_facts, score_facts
+from ..evaluation.known import known_facts
+from ..evaluation.likelihood import chance, score_facts
 from ..evaluation.sets import evaluate_split, named_means
 from ..methods.base import Method, UnlearnData
 from ..methods.registry import all_options, make

@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_any_work(finished, s
     run = copied(finished, tmp_path)
     folder = run if name in WRITING else tmp_path / "out"
     for module in ("attack", "diagnose", "evaluate", "unlearn", "finetune"):
-        monkeypatch.setattr(f"ssiuu.{module}.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(f"ssiuu.commands.{module}.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(report.plots, "draw_all", lambda *_: pytest.fail("figures were drawn"))
     arguments = {
         "unlearn": (*small, "--out", folder),
