@@ -111,7 +111,7 @@ def test_wheel_holds_the_data_and_templates(wheel, source):
 
 def test_wheel_installs_the_command(wheel):
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-    assert "ssiuu = ssiuu.cli:app" in wheel.read(entry_points).decode()
+    assert "ssiuu = ssiuu.cli:main" in wheel.read(entry_points).decode()
 
 
 def test_installed_command_describes_the_machine(site, tmp_path):
