@@ -13,18 +13,17 @@ from transformers import PreTrainedModel
 from ..data.facts import Fact
 from ..data.instructions import load_instructions
 from ..data.prompts import Encoded, PromptFormat
-from ..data.sources import BUILTIN
 from ..evaluation.likelihood import score_facts
 from ..evaluation.sets import named_means
+from ..options import RetrainingOptions, check_learning_rate
 from ..progress import Job
-from ..training.optimizers import check_learning_rate
 from ..training.step_log import StepRecord
 from ..training.supervised import train_on
 from .kinds import ATTACK_KINDS, get_kind
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(RetrainingOptions):
     """One attack.
 
     Attributes:
@@ -32,19 +31,12 @@ class Attack:
         fraction: p of a harmful attack; None for a benign one.
         learning_rate: of AdamW.
         seed: of the choice of facts and of their order.
-        steps, batch_size: how long, and how many samples per step.
-        instructions: source of the benign attack's data.
-        evaluate_every: in steps.
     """
 
     kind: str
     fraction: float | None
     learning_rate: float
     seed: int = 0
-    steps: int = 30
-    batch_size: int = 8
-    instructions: str = BUILTIN
-    evaluate_every: int = 5
 
     @property
     def on_forget_facts(self) -> bool:

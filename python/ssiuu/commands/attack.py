@@ -8,6 +8,7 @@ from pathlib import Path
 from ..attacks.retraining import Attack, retrain
 from ..data.prompts import PromptFormat
 from ..models.load import load_model, position_limit
+from ..options import recorded_model
 from ..progress import job
 from ..runs.folder import Run
 from ..training.trainer import refuse_launchers
@@ -34,13 +35,12 @@ def attack_run(run_dir: str | Path, attacks: Sequence[Attack]) -> list[dict]:
     pending = [attack for attack in attacks if not _done(run, attack)]
     for attack in pending:
         attack.check_data(forget)
+    # float32, whatever the run's type: updates at 1e-7 vanish in narrower ones.
+    loading = recorded_model(config).loading(dtype="float32", revision=None)
     steps = sum(attack.steps for attack in pending)
     with run.work("attack"), job(f"attack {run.path.name}", steps) as bar:
         for attack in pending:
-            # float32, whatever the run's type: updates at 1e-7 vanish in narrower ones.
-            model, tokenizer = load_model(
-                run.model, dtype="float32", trust_remote_code=config.get("trust_remote_code", False)
-            )
+            model, tokenizer = load_model(run.model, **loading)
             prompts = PromptFormat(tokenizer, config["shots"], position_limit(model))
             run.write(f"attacks/{attack.name}.json", retrain(model, prompts, forget, attack, bar))
     return [run.read(f"attacks/{attack.name}.json") for attack in attacks]

@@ -19,7 +19,7 @@ from ..evaluation.known import known_facts
 from ..evaluation.likelihood import score_facts
 from ..models.load import load_model, position_limit
 from ..models.smollm2 import PACKAGED
-from ..options import UnlearnOptions
+from ..options import DiagnoseOptions, UnlearnOptions
 from ..progress import console, job
 from ..report.page import write_report
 from ..report.table import summary_table
@@ -50,7 +50,7 @@ ATTACKS = (
     Attack("benign", None, 1e-5, steps=15, batch_size=4, evaluate_every=5),
 )
 # In P(answer) itself, as in the paper, an unlearned model's attributions vanish with P; its logarithm keeps them.
-DIAGNOSIS_TARGET = "log_prob"
+DIAGNOSIS = DiagnoseOptions(target="log_prob")
 
 Result = TypeVar("Result")
 
@@ -89,7 +89,7 @@ def run_demo(out_dir: str | Path, *, seed: int = 0, model: str = PACKAGED, optio
     for run in runs:
         phase(f"Attack {run.path.name.upper()}", lambda run=run: attack_run(run.path, ATTACKS))
     folders = [run.path for run in runs]
-    phase("Diagnose", lambda: diagnose_runs(folders, target=DIAGNOSIS_TARGET))
+    phase("Diagnose", lambda: diagnose_runs(folders, DIAGNOSIS))
     page = phase("Report", lambda: write_report(folders, out / REPORT))
     console.print(summary_table(folders))
     console.print(f"\n{time.perf_counter() - started:.0f} seconds. Report: {page}", markup=False)

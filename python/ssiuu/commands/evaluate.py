@@ -7,6 +7,7 @@ from pathlib import Path
 from ..data.prompts import PromptFormat
 from ..evaluation.sets import evaluate_split
 from ..models.load import load_model, position_limit
+from ..options import recorded_model
 from ..runs.folder import Run
 
 
@@ -22,12 +23,10 @@ def evaluate_run(run_dir: str | Path) -> dict:
     """
     run = Run.open(run_dir)
     config, split = run.read("config.json"), run.split()
-    found = {}
+    base, found = recorded_model(config), {}
     with run.work("evaluate"):
-        for when, name in (("before", config["model"]), ("after", run.model)):
-            model, tokenizer = load_model(
-                name, dtype=config["dtype"], trust_remote_code=config.get("trust_remote_code", False)
-            )
+        for when, name, revision in (("before", base.model, base.revision), ("after", run.model, None)):
+            model, tokenizer = load_model(name, **base.loading(revision=revision))
             prompts = PromptFormat(tokenizer, config["shots"], position_limit(model))
             found[when] = evaluate_split(model, prompts, split, name=f"evaluate {when}", generation=True)
         run.write("evaluation.json", found)

@@ -62,7 +62,7 @@ def unlearn(
     config = _config(options, regularizer)
     with Run.claim(run_dir, config, resume) as run:
         set_seed(options.seed)
-        model, tokenizer = load_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+        model, tokenizer = load_model(options.model, **options.loading())
         prompts = PromptFormat(tokenizer, options.shots, position_limit(model))
         if resume and (run.path / "split.json").is_file():
             chosen = run.split()
@@ -167,6 +167,7 @@ def _train(
         bf16=options.bf16,
         gradient_checkpointing=options.gradient_checkpointing,
         weight_decay=options.weight_decay,
+        report_to=options.report_to,
     )
     checkpoint, done = run.rewind()
     last = run.last_metrics()

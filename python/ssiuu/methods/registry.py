@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
@@ -17,6 +18,8 @@ from ..options import OPTION_NAMES, UnlearnOptions
 from ..regularizers.base import Regularizer
 from .base import Method
 
+logger = logging.getLogger(__name__)
+
 # Entry points of other packages; each names a module whose import registers what it defines.
 GROUPS = ("ssiuu.methods", "ssiuu.regularizers")
 # Names under which a method and a regularizer go together.
@@ -24,6 +27,10 @@ PAIRS = {"ssiuu": ("gd", "ssiuu")}
 
 _methods: dict[str, type[Method]] = {}
 _regularizers: dict[str, type[Regularizer]] = {}
+
+
+class NameTakenError(ValueError):
+    """Two methods, regularizers or options of one name."""
 
 
 class Appearance(NamedTuple):
@@ -37,14 +44,14 @@ def register_method(kind: type[Method]) -> type[Method]:
     """Class decorator; see `Method`.
 
     Raises:
-        ValueError: a name that is taken, or an option name that a run has already.
+        NameTakenError: a name that another method has, or an option name that every run or a regularizer has.
     """
-    return _register(kind, _methods, "method")
+    return _register(kind, _methods, "method", _regularizers, "regularizer")
 
 
 def register_regularizer(kind: type[Regularizer]) -> type[Regularizer]:
     """Class decorator; see `Regularizer`. Raises as `register_method`."""
-    return _register(kind, _regularizers, "regularizer")
+    return _register(kind, _regularizers, "regularizer", _methods, "method")
 
 
 def methods() -> dict[str, type[Method]]:
@@ -93,11 +100,11 @@ def make(options: UnlearnOptions) -> tuple[Method, Regularizer]:
     settings = dict(options.settings)
     made = []
     for kind in classes:
-        names = [field.name for field in dataclasses.fields(kind.Options) if field.name in settings]
+        names = [name for name in _option_names(kind) if name in settings]
         made.append(kind(kind.Options(**{name: settings.pop(name) for name in names})))
     method, regularizer = made
     if settings:
-        known = [field.name for kind in classes for field in dataclasses.fields(kind.Options)]
+        known = [name for kind in classes for name in _option_names(kind)]
         raise ValueError(
             f"{next(iter(settings))} is not an option of method {method.name!r} with regularizer "
             f"{regularizer.name!r}; expected one of {', '.join([*known, *OPTION_NAMES])}"
@@ -132,24 +139,64 @@ def appearance(config: Mapping[str, Any]) -> Appearance:
     return Appearance(label, extra.color if extra else "")
 
 
-def _register(kind: type, known: dict[str, type], what: str) -> type:
-    if kind.name in known or (known is _methods and kind.name in PAIRS):
-        raise ValueError(
-            f"a {what} named {kind.name!r} is registered already; rename {kind.__module__}.{kind.__name__}"
+def _register(kind: type, known: dict[str, type], what: str, others: dict[str, type], other: str) -> type:
+    if known is _methods and kind.name in PAIRS:
+        backbone, own = PAIRS[kind.name]
+        raise NameTakenError(f"{kind.name!r} means {backbone} with the regularizer {own}; rename {_origin(kind)}")
+    if kind.name in known:
+        raise NameTakenError(
+            f"two {what}s are named {kind.name!r}: {_origin(known[kind.name])} and {_origin(kind)}; rename one"
         )
-    for field in dataclasses.fields(kind.Options):
-        if field.name in OPTION_NAMES:
-            raise ValueError(f"{what} {kind.name!r} has an option {field.name!r}, which every run has; choose another")
+    for option in _option_names(kind):
+        if option in OPTION_NAMES:
+            raise NameTakenError(f"{what} {kind.name!r} has an option {option!r}, which every run has; choose another")
+        if owners := _owners(option, others):
+            raise NameTakenError(
+                f"{what} {kind.name!r} has an option {option!r}, which {other} {owners[0]!r} has too; choose "
+                "another, since one run may have both"
+            )
     known[kind.name] = kind
     return kind
 
 
+def _origin(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _owners(option: str, kinds: Mapping[str, type]) -> list[str]:
+    return [name for name, kind in kinds.items() if option in _option_names(kind)]
+
+
+def _option_names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind.Options)]
+
+
+def option_owners() -> dict[str, str]:
+    """Name of an option -> the methods or regularizers that have it, in words."""
+    found = {}
+    for what, kinds in (("method", methods()), ("regularizer", regularizers())):
+        for option in {name for kind in kinds.values() for name in _option_names(kind)}:
+            owners = _owners(option, kinds)
+            found[option] = f"{what}{'s' * (len(owners) > 1)} {', '.join(owners)}"
+    return found
+
+
 @cache
 def _load() -> None:
-    """Import every module of methods/ and regularizers/, and what other packages offer."""
+    """Import every module of methods/ and regularizers/, and what other packages offer.
+
+    A package whose entry point cannot be imported is left out with a warning: runs of other methods do not need it.
+    """
     for package in (ssiuu.methods, ssiuu.regularizers):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
     for group in GROUPS:
         for entry in metadata.entry_points(group=group):
-            entry.load()
+            try:
+                entry.load()
+            except NameTakenError:
+                raise
+            except Exception as error:
+                logger.warning(
+                    "%s of the package %s cannot be loaded (%s) and is left out", entry.name, entry.dist.name, error
+                )

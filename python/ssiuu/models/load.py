@@ -32,17 +32,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(
-    name: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, on a GPU where there is one.
 
     Args:
         name: a hub name, a local folder with safetensors, or "smollm2".
+        revision: branch, tag or commit of a model on the hub.
         dtype: "float32", "bfloat16" or "float16".
+        attn_implementation: transformers' attention, such as "eager" or "sdpa".
+        device_map: as transformers has it; all weights must come to be on the device that is used without one.
         trust_remote_code: run code that comes with the model; off unless asked for.
 
     Raises:
-        ValueError: unknown dtype, a folder without a model, or a checkpoint that does not fit its configuration.
+        ValueError: unknown dtype, a folder without a model, a revision of a local model, a checkpoint that does not fit
+            its configuration, or a device_map that spreads or offloads the model.
         FileNotFoundError: "smollm2" without its package.
     """
     if dtype not in DTYPES:
@@ -50,11 +60,16 @@ def load_model(
     source = packaged_model() if str(name) == PACKAGED else name
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} is not a model folder; expected config.json and safetensors in it")
+    if revision is not None and Path(source).is_dir():
+        raise ValueError(f"revision={revision!r} of {name}, which is local; expected a hub name, or no revision")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
+            revision=revision,
             dtype=DTYPES[dtype],
+            attn_implementation=attn_implementation,
+            device_map=device_map,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -76,8 +91,21 @@ def load_model(
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
         # Added to the tokenizer alone: the model has no row for it. Padding is masked, so any other token will do.
         tokenizer.pad_token = None
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device_map is not None:
+        _check_devices(model, device, device_map)
     _make_saveable(model, name)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(device), tokenizer
+
+
+def _check_devices(model: PreTrainedModel, device: torch.device, device_map: str) -> None:
+    found = {str(param.device) for param in model.parameters()}  # "meta" where a weight is offloaded
+    if found != {str(device)}:
+        raise ValueError(
+            f"device_map={device_map!r} puts weights on {', '.join(sorted(found))}; expected all on {device}, since "
+            "unlearning needs the whole model on one device: use a narrower dtype or a smaller model, or leave "
+            "--device-map out"
+        )
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .locks import LOCK, locked
 
 logger = logging.getLogger(__name__)
 
+SCHEMA = 1  # of the files in a run folder; 0.1.0 wrote none
 RUNNING, COMPLETE = "running", "complete"
 PARTIAL = ".partial"  # suffix of a file that is being written
 
@@ -30,8 +31,8 @@ PARTIAL = ".partial"  # suffix of a file that is being written
 class Run:
     """One run folder.
 
-    config.json (options, versions, status), split.json, metrics.jsonl (one line per step), evaluation.json, model/
-    (safetensors and tokenizer), checkpoints/ (to resume from), attacks/*.json, diagnosis.json and .safetensors.
+    config.json (schema, options, versions, status), split.json, metrics.jsonl (one line per step), evaluation.json,
+    model/ (safetensors and tokenizer), checkpoints/ (to resume from), attacks/*.json, diagnosis.json and .safetensors.
     """
 
     def __init__(self, path: str | Path):
@@ -100,7 +101,7 @@ class Run:
         if (self.path / "config.json").is_file():
             return
         versions = {"ssiuu-kernels": sk.__version__, "torch": torch.__version__, "transformers": transformers_version}
-        self.write("config.json", {**config, "versions": versions, "status": RUNNING})
+        self.write("config.json", {"schema": SCHEMA, **config, "versions": versions, "status": RUNNING})
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -128,10 +129,11 @@ class Run:
             yield
 
     def config(self) -> dict[str, Any]:
-        """config.json; a ValueError if it is missing, or not of a run but, say, of a model."""
+        """config.json; a ValueError if it is missing, of a later version, or not of a run but, say, of a model."""
         config = self.read("config.json")
         if not isinstance(config, dict) or not {"status", "method"} <= config.keys():
             raise ValueError(f"{self.path} is not a run folder; expected one that `ssiuu unlearn` wrote")
+        check_schema(config, self.path)
         return config
 
     def _is_run(self) -> bool:
@@ -169,7 +171,10 @@ class Run:
     def finish(self) -> None:
         """Mark the run as complete, and drop the checkpoints, which are three times as large as the model."""
         self.write("config.json", {**self.read("config.json"), "status": COMPLETE})
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        with suppress(OSError):
+            self.checkpoints.rmdir()  # unless TensorBoard's events are in it
 
     def write_split(self, split: Split) -> None:
         """Keep the sets, for attacks and diagnosis to use the same facts."""
@@ -208,6 +213,22 @@ class Run:
         """Add a step's line."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def check_schema(config: dict[str, Any], where: Path) -> None:
+    """Raise a ValueError for a run that a later version wrote; `where` names it."""
+    schema = config.get("schema", 0)
+    if schema > SCHEMA:
+        raise ValueError(f"{where} has schema {schema}, and this version reads up to {SCHEMA}; upgrade ssiuu-kernels")
+
+
+def recorded_options(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The options in a run's config.json, by which another run can repeat it; raises as `check_schema`."""
+    check_schema(config, where)
+    derived = {"schema", "versions", "status", "stochastic_rounding"}
+    if config.get("engine") is None:  # of a run that needs none
+        derived.add("engine")
+    return {name: value for name, value in config.items() if name not in derived}
 
 
 def _check_name(path: Path) -> None:

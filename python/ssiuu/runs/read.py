@@ -73,7 +73,7 @@ def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
     records = [_read_run(Path(path)) for path in run_dirs]
     if not records:
         raise ValueError("run_dirs is empty; expected at least one run folder that `ssiuu unlearn` wrote")
-    bases = {record.config["model"]: record.path for record in records}
+    bases = {_base(record.config): record.path for record in records}
     if len(bases) > 1:
         described = ", ".join(f"{path} from {model}" for model, path in bases.items())
         raise ValueError(f"runs start from different models ({described}); report runs of one model together")
@@ -85,6 +85,11 @@ def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
         record.style = seen[record.method]
         seen[record.method] += 1
     return records
+
+
+def _base(config: dict) -> str:
+    model, revision = config["model"], config.get("revision")
+    return model if revision is None else f"{model} at {revision}"
 
 
 def _read_run(path: Path) -> RunRecord:

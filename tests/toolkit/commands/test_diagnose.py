@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from ssiuu.analysis.influence import summarise, variation_by_kind
 from ssiuu.analysis.measure import measure_influence
 from ssiuu.commands import diagnose
-from ssiuu.commands.diagnose import diagnose_run, diagnose_runs
+from ssiuu.commands.diagnose import diagnose_runs
 from ssiuu.data.facts import Fact
 from ssiuu.data.prompts import PromptFormat
+from ssiuu.options import DiagnoseOptions
 from tests.support.models import other_weights, tiny_model
 
 FACTS = [
@@ -57,7 +58,7 @@ def family(tmp_path):
 def test_run_folders_get_what_the_models_give(family, tmp_path):
     path, original, unlearned = family
     runs = [write_run(tmp_path / f"run{i}", path, model, FACTS) for i, model in enumerate(unlearned)]
-    summaries = diagnose_runs(runs, batch_size=2)
+    summaries = diagnose_runs(runs, DiagnoseOptions(batch_size=2))
     prompts = PromptFormat(tokenizer(), 0)
     batch = prompts.collate(prompts.encode_facts(FACTS))
     before = measure_influence(original, [batch])
@@ -84,7 +85,7 @@ def test_runs_share_the_original_only_with_the_same_facts(family, tmp_path, monk
         write_run(tmp_path / "c", path, second, FACTS[:2]),
     ]
     diagnose_runs(runs)
-    assert loaded == [str(path), runs[0] / "model", runs[1] / "model", str(path), runs[2] / "model"]
+    assert loaded == [str(name) for name in (path, runs[0] / "model", runs[1] / "model", path, runs[2] / "model")]
 
 
 def test_unfinished_run_is_refused_before_any_work(family, tmp_path):
@@ -99,4 +100,4 @@ def test_unfinished_run_is_refused_before_any_work(family, tmp_path):
 
 def test_batch_size(tmp_path):
     with pytest.raises(ValueError, match="batch_size=0"):
-        diagnose_run(tmp_path, batch_size=0)
+        diagnose_runs([tmp_path], DiagnoseOptions(batch_size=0))

@@ -16,6 +16,7 @@ from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.evaluation.likelihood import score_facts
 from ssiuu.models.load import load_model, position_limit
+from ssiuu.options import FinetuneOptions
 
 
 def test_a_folder(model_dir):
@@ -152,7 +153,7 @@ def test_a_model_with_code_of_its_own_goes_through_all_commands(options, model_d
     common = {"model": str(folder), "trust_remote_code": True}
     with pytest.raises(ValueError, match="could not be loaded"):
         load_model(folder)
-    taught = finetune(tmp_path / "taught", facts=str(facts_file), steps=1, **common)
+    taught = finetune(FinetuneOptions(facts=str(facts_file), steps=1, **common), tmp_path / "taught")
     run = unlearn(options.replace(max_steps=1, **{**common, "model": str(taught.model)}), tmp_path / "run")
     assert len(attack_run(run.path, [Attack("harmful", 0.3, 1e-3, steps=1)])) == 1
     assert evaluate_run(run.path)["after"]
