@@ -42,10 +42,10 @@ _HOMES = {
     "UnlearnData": "methods.base.UnlearnData",
     "Regularizer": "regularizers.base.Regularizer",
     "register_method": "methods.registry.register_method",
-    "register_regularizer": "methods.registry.register_regularizer",
+    "register_regularizer": "regularizers.registry.register_regularizer",
 }
 # Public name -> the function that makes it, again each time: packages may register more.
-_TABLES = {"METHODS": "methods.registry.methods", "REGULARIZERS": "methods.registry.regularizers"}
+_TABLES = {"METHODS": "methods.registry.methods", "REGULARIZERS": "regularizers.registry.regularizers"}
 
 __all__ = [*_HOMES, *_TABLES]
 

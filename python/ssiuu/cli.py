@@ -284,7 +284,7 @@ def _options(kind: type, chosen: Mapping[str, Any]) -> dict[str, Any]:
 
     if kind is not UnlearnOptions:
         return {"options": {"options of the run": fields_of(kind)}}
-    from .methods.registry import option_owners, resolve
+    from .pairs import option_owners, resolve
 
     names = (chosen.get(name, getattr(kind, name)) for name in ("method", "regularizer"))
     method, regularizer = resolve(*map(str, names))

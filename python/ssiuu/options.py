@@ -15,6 +15,8 @@ from typing import Any
 
 from .data.sources import BUILTIN
 
+# Names that stand for a method and a regularizer.
+PAIRS = {"ssiuu": ("gd", "ssiuu")}
 # Where the Trainer can report to, and the packages of which one is needed.
 REPORTERS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -130,7 +132,7 @@ class UnlearnOptions(ModelOptions):
     def check(self) -> None:
         """Raise a ValueError for what can be known to be wrong before a model is loaded.
 
-        The method and the regularizer check their own (`methods.registry.make`).
+        The method and the regularizer check their own (`pairs.make`).
         """
         from ssiuu_kernels.loss.unlearning import ENGINES  # torch
 

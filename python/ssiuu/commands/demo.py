@@ -33,7 +33,7 @@ REPORT = "report"
 
 # What fits into minutes on two cores, and still shows something. One worked example: without it the model gives its
 # answers probabilities near 1e-4, and each further one costs tokens in every step. The geometric mean probability as
-# target, and the share: see "The demonstration" in the README.
+# target, and the share: see docs/demonstration.md.
 SHOTS = 1
 CANDIDATE_PEOPLE, MIN_PROBABILITY, CERTAIN = 60, 0.15, 0.8
 FORGET_PEOPLE, FACTS_PER_PERSON, RETAIN_PEOPLE, RETAIN_FACTS, TEST_FACTS = 9, 1, 16, 24, 24

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 
 from ..arguments import REQUIRED, Argument, fields_of
 from ..methods.base import Method
-from ..methods.registry import PAIRS, methods, regularizers
+from ..methods.registry import methods
+from ..options import PAIRS
 from ..regularizers.base import Regularizer
+from ..regularizers.registry import regularizers
 
 INDENT = "    "
 

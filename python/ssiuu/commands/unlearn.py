@@ -18,13 +18,13 @@ from ..evaluation.known import known_facts
 from ..evaluation.likelihood import chance, score_facts
 from ..evaluation.sets import evaluate_split, named_means
 from ..methods.base import Method, UnlearnData
-from ..methods.registry import all_options, make
 from ..models.load import load_model, position_limit
+from ..optimizers import OptimizerOptions
 from ..options import UnlearnOptions
+from ..pairs import all_options, make
 from ..progress import job
 from ..regularizers.base import Regularizer
 from ..runs.folder import Run
-from ..training.optimizers import OptimizerOptions
 from ..training.schedule import Part, Schedule
 from ..training.step_log import StepRecord
 from ..training.trainer import refuse_launchers, training_arguments

@@ -15,7 +15,7 @@ from ..analysis.influence import KINDS, TOP
 from ..attacks.kinds import ATTACK_KINDS
 from ..runs.read import RunRecord
 from .groups import attack_groups, mean_curve
-from .style import FAINT, STYLE, colour, from_zero, line_of, method_legend, new_figure, whole_numbers
+from .style import FAINT, STYLE, from_zero, line_of, method_legend, new_figure, whole_numbers
 
 
 def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:
@@ -58,7 +58,7 @@ def _influence_bars(ax: Axes, records: Sequence[RunRecord]) -> None:
     for group, name in enumerate(("d_plus", "d_minus")):
         for index, record in enumerate(records):
             value, y = record.diagnosis["sum"][name], group + (index - (len(records) - 1) / 2) * height
-            ax.barh(y, value, height * 0.88, color=colour(record), alpha=1 - 0.25 * min(record.style, 2))
+            ax.barh(y, value, height * 0.88, color=record.color, alpha=1 - 0.25 * min(record.style, 2))
             ax.text(value + 0.02 * largest, y, f"{value:.3g}", va="center", fontsize=9)
     ax.set_yticks([0, 1], ["Erased\nD⁺", "Hidden\nD⁻"])
     ax.set_ylim(1.55, -0.55)

@@ -16,7 +16,7 @@ from ..runs.locks import locked
 from ..runs.read import RunRecord, read_runs
 from . import figures as plots
 from .groups import attack_groups, attack_summary
-from .style import colour, save
+from .style import save
 from .table import NOT_RUN, as_markdown, table_rows
 
 CAPTIONS = {
@@ -84,7 +84,7 @@ def _write(records: Sequence[RunRecord], out_dir: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         model=records[0].config["model"],
         runs=[
-            {"label": record.label, "colour": colour(record), "config": json.dumps(record.config, indent=1)}
+            {"label": record.label, "colour": record.color, "config": json.dumps(record.config, indent=1)}
             for record in records
         ],
         rows=table_rows(records),

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from ..runs.read import RunRecord, read_runs
 from .groups import attack_groups, attack_summary
-from .style import colour
 
 NOT_RUN = "not run"
 # Name in the table, key in the run folder, format.
@@ -61,7 +60,7 @@ def summary_table(run_dirs: Iterable[str | Path]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
     for record in records:
-        table.add_column(escape(record.label), justify="right", header_style=colour(record))
+        table.add_column(escape(record.label), justify="right", header_style=record.color)
     section = ""
     for row in table_rows(records):
         if row.section != section:

@@ -11,9 +11,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ..analysis.influence import KINDS, Variation
+from ..pairs import appearance
 from .folder import Run
 
-METHOD_NAMES = {"ga": "GA", "gd": "GD", "npo": "NPO", "dpo": "DPO", "ssiuu": "SSIUU"}
+OTHER_COLORS = ("#56b4e9", "#7f6a3f", "#5e3c99", "#444444")  # of methods that are not installed here
 
 
 @dataclass
@@ -30,7 +31,8 @@ class RunRecord:
         diagnosis: diagnosis.json; None where not run.
         variations: kind -> `Variation` of `[layers, width]`; None where not run.
         label: what tables and legends call the run: its method, and its folder where several share a method.
-        style: 0 for the first run of a method, 1 for the second...
+        color: of the run's method, the same in every figure and table.
+        style: 0 for the first run of a colour, 1 for the second...
     """
 
     path: Path
@@ -42,6 +44,7 @@ class RunRecord:
     diagnosis: dict | None
     variations: dict[str, Variation] | None
     label: str = field(default="")
+    color: str = field(default="")
     style: int = 0
 
     @property
@@ -77,13 +80,14 @@ def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
     if len(bases) > 1:
         described = ", ".join(f"{path} from {model}" for model, path in bases.items())
         raise ValueError(f"runs start from different models ({described}); report runs of one model together")
-    shared = Counter(record.method for record in records)
+    shown = [appearance(record.config) for record in records]
+    shared = Counter(label for label, _ in shown)
     seen: Counter[str] = Counter()
-    for record in records:
-        name = METHOD_NAMES.get(record.method, record.method)
-        record.label = name if shared[record.method] == 1 else f"{name} ({record.path.name})"
-        record.style = seen[record.method]
-        seen[record.method] += 1
+    for record, (label, color) in zip(records, shown, strict=True):
+        record.label = label if shared[label] == 1 else f"{label} ({record.path.name})"
+        record.color = color or OTHER_COLORS[sum(map(ord, label)) % len(OTHER_COLORS)]
+        record.style = seen[record.color]
+        seen[record.color] += 1
     return records
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from ssiuu_kernels.log_probs import IGNORE_INDEX
 
 from ..data.prompts import PromptFormat
-from .optimizers import OptimizerOptions, adamw, say_rounding
+from ..optimizers import OptimizerOptions, adamw, say_rounding
 from .schedule import MicroBatch, Schedule
 from .step_log import StepLog, StepRecord
 
