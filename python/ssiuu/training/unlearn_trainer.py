@@ -12,8 +12,8 @@ import ssiuu_kernels as sk
 from ssiuu_kernels.loss.unlearning import ENGINES
 
 from ..methods.base import Batch, Method
+from ..optimizers import OptimizerOptions, check_update_in_backward, say_rounding
 from ..regularizers.base import Regularizer
-from .optimizers import OptimizerOptions, check_update_in_backward, say_rounding
 from .trainer import RecordedTrainer
 
 logger = logging.getLogger(__name__)
