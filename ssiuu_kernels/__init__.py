@@ -1,17 +1,21 @@
 """Fused kernels for robust unlearning: attribution, the SSIUU penalty and its optimizer, under Hugging Face models."""
 
 from . import ops
-from .env import collect_env
-from .log_probs import sequence_log_probs
-from .loss.unlearning import GradientPath
+from .env import collect_env, environment
+from .gradients.path import ENGINES, GradientPath
+from .log_probs import IGNORE_INDEX, TARGETS, sequence_log_probs
 from .ops import ActGrads, GluGrads, NeuronPenalty, NeuronScores, PackedGluGrads, PenaltyStats
 from .ops.backends import Availability, available_backends
 from .optim.adamw import SsiuuAdamW, SsiuuPenalty
-from .patching.patch import PatchHandle, patch
+from .patching.handle import PatchHandle
+from .patching.patch import patch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ENGINES",
+    "IGNORE_INDEX",
+    "TARGETS",
     "ActGrads",
     "Availability",
     "GluGrads",
@@ -25,6 +29,7 @@ __all__ = [
     "SsiuuPenalty",
     "available_backends",
     "collect_env",
+    "environment",
     "ops",
     "patch",
     "sequence_log_probs",

@@ -14,7 +14,7 @@ PACKAGES = ("ssiuu-kernels", "torch", "triton", "transformers", "accelerate", "n
 
 
 def environment() -> dict[str, str]:
-    """Versions, processor, device and backends as text, in the order of `collect_env`."""
+    """Versions, processor, device and backends by name, all as text, in the order of `collect_env`."""
     facts = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     facts["cpu"] = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 
 def collect_env() -> str:
-    """Versions, processor, device and backends, one `name: value` a line."""
+    """`environment()` as text for a bug report, one `name: value` per line."""
     return "\n".join(f"{name}: {value}" for name, value in environment().items())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .ops.common.checks import check_segment_values, make_segments
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # of a label that is no part of the answer
 TARGETS = ("prob", "geometric_mean_prob", "log_prob")
 
 

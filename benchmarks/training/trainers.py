@@ -42,8 +42,9 @@ def ssiuu(*, update_in_backward: bool) -> Trainer:
             ).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if handle.path.engine != "one-backward":
-                raise RuntimeError(f"the step took the path {handle.path.engine}: {handle.path.reason}")
+            path = handle.gradient_path
+            if path.engine != "one-backward":
+                raise RuntimeError(f"the step took the path {path.engine}: {path.reason}")
 
         return step
 

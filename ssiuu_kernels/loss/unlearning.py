@@ -21,26 +21,15 @@ from ..gradients.one_backward.graph import (
 )
 from ..gradients.one_backward.row_weights import RowWeights
 from ..gradients.one_backward.targets import Targets
+from ..gradients.path import CHECKED, ONE_BACKWARD, PLAIN, TWO_BACKWARD, GradientPath
+from ..gradients.path import ENGINES as ENGINES  # the toolkit reads it here
 from ..gradients.two_backward import TwoBackward
 from ..log_probs import Answers, answer_log_probs, check_logits, check_target, find_answers, target_factor
 from .neuron_level import NeuronLevel
 from .objectives import Objective, resolve_objective
 from .value import NoteScale, UnlearningLoss
 
-ONE_BACKWARD, TWO_BACKWARD, CHECKED = ENGINES = ("one-backward", "two-backward", "checked")
 Tensors = Tensor | Sequence[Tensor]
-
-
-class GradientPath(NamedTuple):
-    """How the gradients of the last unlearning loss are made.
-
-    Attributes:
-        engine: "one-backward", "two-backward", or "plain" where no target gradient is asked for.
-        reason: why, in one sentence.
-    """
-
-    engine: str
-    reason: str
 
 
 def unlearning_loss(
@@ -71,7 +60,7 @@ def unlearning_loss(
     if target is None:
         _refuse_update_in_backward(model_params, frozenset(), "target=None asks for none")
         value = compute(_log_probs(batches), lengths, forget)
-        return _checked_value(value), GradientPath("plain", "no target gradient was asked for")
+        return _checked_value(value), GradientPath(PLAIN, "no target gradient was asked for")
     check_target(target)
     targets, samples = Targets(params), int(forget.sum())
     _refuse_update_in_backward(model_params, targets.params.keys(), "the handle's scope leaves it out")

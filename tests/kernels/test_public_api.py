@@ -7,6 +7,7 @@ import sys
 import ssiuu_kernels as sk
 
 TOP_LEVEL = {
+    "ENGINES", "IGNORE_INDEX", "TARGETS", "environment",
     "ActGrads", "Availability", "GluGrads", "NeuronPenalty", "NeuronScores", "PackedGluGrads", "PatchHandle",
     "GradientPath", "PenaltyStats", "SsiuuAdamW", "SsiuuPenalty", "available_backends", "collect_env", "ops", "patch",
     "sequence_log_probs",
@@ -46,6 +47,18 @@ FIELDS = {
 
 def test_top_level_names():
     assert set(sk.__all__) == TOP_LEVEL
+
+
+def test_constants():
+    assert sk.ENGINES == ("one-backward", "two-backward", "checked")
+    assert sk.TARGETS == ("prob", "geometric_mean_prob", "log_prob")
+    assert sk.IGNORE_INDEX == -100
+
+
+def test_the_environment_is_flat_text_that_collect_env_prints():
+    facts = sk.environment()
+    assert all(isinstance(value, str) for value in facts.values())
+    assert sk.collect_env().splitlines() == [f"{name}: {value}" for name, value in facts.items()]
 
 
 def test_signatures():

@@ -109,6 +109,11 @@ def test_wheel_holds_the_data_and_templates(wheel, source):
     assert expected <= set(wheel.namelist())
 
 
+@pytest.mark.parametrize("package", ["ssiuu", "ssiuu_kernels"])
+def test_wheel_says_that_its_packages_are_typed(wheel, package):
+    assert f"{package}/py.typed" in wheel.namelist()
+
+
 def test_wheel_installs_the_command(wheel):
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     assert "ssiuu = ssiuu.cli:app" in wheel.read(entry_points).decode()

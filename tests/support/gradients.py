@@ -20,7 +20,7 @@ def gradients(model, batch, engine, forget=FORGET, objective="gd", target=TARGET
         options["reference_log_probs"] = reference
     handle = sk.patch(model, scope=scope, engine=engine)
     handle.unlearning_loss(logits_of(model, batch), batch["labels"], forget, objective, target, **options).backward()
-    return *both_gradients(model), handle.path
+    return *both_gradients(model), handle.gradient_path
 
 
 def both_gradients(model):

@@ -108,7 +108,7 @@ def test_forget_and_retain_in_forwards_of_their_own():
         handle = sk.patch(copied, scope="all", engine=engine)
         logits, labels = [logits_of(copied, half) for half in halves], [half["labels"] for half in halves]
         handle.unlearning_loss(logits, labels, forget, target=TARGET).backward()
-        assert handle.path.engine == engine
+        assert handle.gradient_path.engine == engine
         found[engine] = [
             {n: getattr(p, kind) for n, p in copied.named_parameters()} for kind in ("grad", "target_grad")
         ]
@@ -138,7 +138,7 @@ def test_packed_rows(family):
     handle = sk.patch(model, scope="all")
     logits = model(**arguments, use_cache=False).logits
     handle.unlearning_loss(logits, labels, FORGET, target=TARGET, segments=segments).backward()
-    assert handle.path.engine == "one-backward", handle.path.reason
+    assert handle.gradient_path.engine == "one-backward", handle.gradient_path.reason
     for kind, wanted in zip(("grad", "target_grad"), expected, strict=True):
         found = {name: getattr(param, kind) for name, param in model.named_parameters()}
         assert max(distances(found, wanted).values()) <= rounding(family, torch.float64)
@@ -222,7 +222,7 @@ def test_halves_of_one_forward_fall_back():
     handle = sk.patch(model, scope="all")
     logits = logits_of(model, batch)
     handle.unlearning_loss((logits[:2], logits[2:]), (batch["labels"][:2], batch["labels"][2:]), FORGET).backward()
-    assert handle.path.engine == "two-backward"
+    assert handle.gradient_path.engine == "two-backward"
 
 
 def test_two_backwards_on_request():
@@ -289,7 +289,7 @@ def test_a_sum_with_another_loss_of_the_same_forward(other):
         logits = logits_of(copied, batch)
         loss = handle.unlearning_loss(logits, batch["labels"], FORGET, target=TARGET)
         (loss / 2 + (logits if other == "logits" else states[0]).square().mean()).backward()
-        assert handle.path.engine == engine
+        assert handle.gradient_path.engine == engine
         found[engine] = both_gradients(copied)
     for actual, expected in zip(*found.values(), strict=True):
         assert max(distances(actual, expected).values()) <= 1e-10

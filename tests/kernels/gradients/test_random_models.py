@@ -201,7 +201,7 @@ def test_random_models(steps, samples, length, marked, frozen, seed):
     expected = expected_gradients(copy.deepcopy(model), ids, labels, forget)
     handle = sk.patch(model, scope="all")
     handle.unlearning_loss(model(ids), labels, forget, target="geometric_mean_prob").backward()
-    event(handle.path.engine)
+    event(handle.gradient_path.engine)
     assert_close({name: param.grad for name, param in model.named_parameters()}, expected[0])
     targets = {name: getattr(param, "target_grad", None) for name, param in model.named_parameters()}
     if forget.any():

@@ -48,7 +48,7 @@ def engine_of(model, run=None, samples=SAMPLES, **options):
         logits = (run or Model.forward)(copied, ids)
         handle.unlearning_loss(logits, labels, forget, target=TARGET, **options).backward()
         found[engine] = both_gradients(copied)
-        path = path or handle.path
+        path = path or handle.gradient_path
     for actual, expected in zip(*found.values(), strict=True):
         worst = max(distances(actual, expected).items(), key=lambda item: item[1])
         assert worst[1] <= 1e-10, (path, worst)
@@ -274,7 +274,7 @@ def test_packed_samples_are_apart_where_the_mask_says_so(apart):
         loss.backward()
         found[engine] = both_gradients(copied)
         if engine == "one-backward":
-            assert handle.path.engine == ("one-backward" if apart else "two-backward")
+            assert handle.gradient_path.engine == ("one-backward" if apart else "two-backward")
     for actual, expected in zip(*found.values(), strict=True):
         assert max(distances(actual, expected).values()) <= 1e-10
 
@@ -287,7 +287,7 @@ def test_checked_compares_both_engines():
         for _ in range(2):  # the second time on top of gradients that are there
             handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET, target=TARGET).backward()
         twice = both_gradients(model)
-        assert handle.path.engine == "one-backward"
+        assert handle.gradient_path.engine == "one-backward"
     model.zero_grad()
     with sk.patch(model, scope="all") as handle:
         handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET, target=TARGET).backward()

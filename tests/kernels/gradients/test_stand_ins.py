@@ -145,7 +145,7 @@ def test_a_library_that_replaces_linear(monkeypatch):
     assert max(distances(actual[1], expected[1]).values()) <= 1e-12
     model.zero_grad()
     handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET).backward()
-    assert handle.path.engine == "two-backward"
+    assert handle.gradient_path.engine == "two-backward"
     assert all(param.grad.any() and param.target_grad is not None for param in model.parameters())
 
 
@@ -266,7 +266,7 @@ def test_gradient_hooks_reach_the_target_gradient(function):
         handle = sk.patch(copied, scope="all", engine=engine)
         for _ in range(2):
             handle.unlearning_loss(logits_of(copied, batch), batch["labels"], FORGET, target=TARGET).backward()
-        assert handle.path.engine == engine
+        assert handle.gradient_path.engine == engine
         found[engine] = both_gradients(copied)
     for actual, expected in zip(*found.values(), strict=True):
         assert max(distances(actual, expected).values()) <= 1e-10

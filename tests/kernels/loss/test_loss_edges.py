@@ -36,7 +36,7 @@ def test_float16_autocast_keeps_small_probabilities(family, scale, engine):
     (loss * scale).backward()
     found = both_gradients(model)
     found[0] = {name: grad / scale for name, grad in found[0].items()}
-    assert handle.path.engine == engine
+    assert handle.gradient_path.engine == engine
     for kind, actual, wanted in zip(("grad", "target_grad"), found, expected, strict=True):
         norms = torch.stack([torch.stack([actual[name].norm(), wanted[name].norm()]) for name in wanted])
         assert (norms[:, 0] > 0).all(), kind
@@ -120,7 +120,7 @@ def test_leaves_that_are_no_parameters_get_the_losss_gradient(given):
             )
             logits = logits_of(copied, batch)
         handle.unlearning_loss(logits, batch["labels"], FORGET, target=TARGET).backward()
-        assert handle.path.engine == engine
+        assert handle.gradient_path.engine == engine
         found[engine] = leaves[0].grad
     assert torch.allclose(*found.values(), rtol=1e-9, atol=1e-14)
 
@@ -132,7 +132,7 @@ def test_a_leaf_that_all_samples_share_falls_back():
     embeds = torch.cat([prompt.expand(4, -1, -1), model.get_input_embeddings()(batch["input_ids"])[:, 2:]], 1)
     logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
     handle.unlearning_loss(logits, batch["labels"], FORGET).backward()
-    assert handle.path.engine == "two-backward"
+    assert handle.gradient_path.engine == "two-backward"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_compiled_models_fall_back(order, part, backend):
             logits.square().mean().backward()
         else:
             handle.unlearning_loss(logits, batch["labels"], FORGET, target=TARGET).backward()
-    assert handle.path.engine == "two-backward"
+    assert handle.gradient_path.engine == "two-backward"
     for actual, wanted in zip(both_gradients(model), expected, strict=True):
         assert max(distances(actual, wanted).values()) <= 1e-5
 

@@ -433,3 +433,12 @@ def test_dispatched_after_it_was_patched():
     hooks.remove_hook_from_submodules(model)
     assert torch.equal(logits_of(model, batch), expected)
     assert sk.patch(model, scope="all").patched == [f"model.layers.{layer}.mlp" for layer in range(2)]
+
+
+def test_path_is_the_old_name_of_gradient_path():
+    model, batch = tiny_model(), tiny_batch()
+    handle = sk.patch(model, scope="all")
+    assert handle.path is handle.gradient_path is None
+    handle.unlearning_loss(logits_of(model, batch), batch["labels"], torch.tensor([True, False, True, False]))
+    assert handle.path is handle.gradient_path
+    assert handle.path.engine == "one-backward"
