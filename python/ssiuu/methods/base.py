@@ -16,6 +16,7 @@ from ssiuu_kernels.loss.objectives import Objective
 
 from ..data.facts import Fact
 from ..data.prompts import Encoded, PromptFormat
+from ..options import UnlearnOptions
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,11 @@ class Method(ABC):
     def __init__(self, options: Any):
         self.options = options
 
-    def check(self) -> None:
-        """Raise a ValueError for options out of range; no model is loaded yet."""
+    def check(self, run: UnlearnOptions) -> None:
+        """Raise a ValueError for options out of range, and for a run that the method cannot go with.
+
+        No model is loaded yet.
+        """
 
     def parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
         """The parameters to train; the others are frozen during the run.
