@@ -140,6 +140,9 @@ class Method(ABC):
         """
         self.model, self.handle, self.data = model, handle, data
 
+    def teardown(self) -> None:
+        """Take back what `setup` did to the model; called when the run ends, whichever way."""
+
     @abstractmethod
     def loss(self, batch: Batch) -> Loss:
         """The loss of a micro-batch, with its graph."""
@@ -150,8 +153,12 @@ class Method(ABC):
 
     # What a run asks between steps.
 
-    def observe(self, scores: Tensor) -> None:
-        """Take note of the forget facts' scores, float32 `[facts]`, whenever the run evaluates."""
+    def observe(self, scores: Tensor, threshold: float) -> None:
+        """Take note of the forget facts' scores, float32 `[facts]`, whenever the run evaluates.
+
+        Args:
+            threshold: the run stops when their mean is at or below it.
+        """
 
     @property
     def dropped(self) -> Sequence[int]:
