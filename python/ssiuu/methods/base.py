@@ -48,10 +48,12 @@ class Batch:
     def without(self, dropped: Sequence[int]) -> Batch:
         """The batch without the forget samples of these ids, and without their companions."""
         leaves = ~self.retain & torch.isin(self.ids, torch.tensor(list(dropped), device=self.ids.device))
-        if not bool(leaves.any()):
-            return self
+        return self.only(~leaves) if bool(leaves.any()) else self
+
+    def only(self, chosen: Tensor) -> Batch:
+        """The batch of these samples alone; `chosen` is bool `[B]`."""
         rows = ("input_ids", "attention_mask", "labels", "forget", "companion", "ids")
-        return replace(self, **{name: getattr(self, name)[~leaves] for name in rows})
+        return replace(self, **{name: getattr(self, name)[chosen] for name in rows})
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,12 @@ class Loss(NamedTuple):
     Attributes:
         value: 0-dim, to minimise.
         logits: `[B, S, V]` of the batch from the forward that `value` comes from, for a regularizer that needs the
-            answers' log-likelihoods.
+            answers' log-likelihoods. None where that forward did not run on the patched model: a regularizer that needs
+            logits takes `Method.forward` of the forget samples, one more forward.
     """
 
     value: Tensor
-    logits: Tensor
+    logits: Tensor | None
 
 
 class Method(ABC):
