@@ -70,7 +70,7 @@ def make(options: UnlearnOptions) -> tuple[Method, Regularizer]:
             f"{next(iter(settings))} is not an option of method {method.name!r} with regularizer "
             f"{regularizer.name!r}; expected one of {', '.join([*known, *OPTION_NAMES])}"
         )
-    method.check()
+    method.check(options)
     regularizer.check(method, options)
     if options.update_in_backward and not regularizer.updates_in_backward:
         able = ", ".join(name for name, kind in regularizers().items() if kind.updates_in_backward)

@@ -228,7 +228,7 @@ def _check_gated(mlp: Mlp) -> None:
         raise UnsupportedModuleError(f"{type(mlp.owner).__name__}.forward does not compute down(act(gate(x)) * up(x))")
 
 
-def _is_transposed(linear: nn.Module) -> bool:
+def is_transposed(linear: nn.Module) -> bool:
     """Whether its weight is [in, out], as in GPT-2's Conv1D, and not [out, in]."""
     return hasattr(linear, "nf")
 
@@ -236,13 +236,13 @@ def _is_transposed(linear: nn.Module) -> bool:
 def _sizes(linear: nn.Module) -> tuple[int, int]:
     """Features in and out."""
     size = tuple(linear.weight.shape)
-    return size if _is_transposed(linear) else size[::-1]
+    return size if is_transposed(linear) else size[::-1]
 
 
 def _tiny_twin(linear: nn.Module, features_in: int, features_out: int) -> nn.Module:
     """A layer of the same class with small random float64 weights. Shares everything else, so that it costs nothing."""
     generator = torch.Generator().manual_seed(0)
-    shape = (features_in, features_out) if _is_transposed(linear) else (features_out, features_in)
+    shape = (features_in, features_out) if is_transposed(linear) else (features_out, features_in)
 
     def drawn(*size: int) -> nn.Parameter:
         return nn.Parameter(torch.randn(size, dtype=torch.float64, generator=generator, device="cpu"), False)
@@ -275,7 +275,7 @@ def _computes_linear(layer: nn.Module) -> bool:
         twin = _tiny_twin(layer, 4, 8)
         x = _probe()
         with torch.no_grad():
-            weight = twin.weight.t() if _is_transposed(layer) else twin.weight
+            weight = twin.weight.t() if is_transposed(layer) else twin.weight
             return torch.allclose(type(layer).forward(twin, x), F.linear(x, weight, twin._parameters.get("bias")))
     except Exception:  # a forward that needs more than a weight is no plain linear layer
         return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -15,7 +16,9 @@ from ..loss.objectives import Objective
 from ..loss.target_term import target_term
 from ..loss.unlearning import neuron_level_loss, unlearning_loss
 from ..modules.patched_mlp import PatchedMlp
+from ..modules.recognise import Mlp
 from ..ops import NeuronScores
+from ..patched_forward import suspend_forwards
 
 
 class PatchHandle:
@@ -41,7 +44,7 @@ class PatchHandle:
         engine: str,
         rows: RowForwards | None,
     ):
-        self._model, self._mlps, self._rows, self._is_patched = model, mlps, rows, True
+        self._model, self._mlps, self._rows, self._is_patched, self._is_suspended = model, mlps, rows, True, False
         self._attribution = Attribution(model, mlps, scope == "all", backend)
         self.gradient_path: GradientPath | None = None
         self.patched, self.skipped, self.scope, self.engine, self.neurons = list(mlps), skipped, scope, engine, neurons
@@ -50,6 +53,11 @@ class PatchHandle:
     def path(self) -> GradientPath | None:
         """The old name of `gradient_path`."""
         return self.gradient_path
+
+    @property
+    def mlps(self) -> dict[str, Mlp]:
+        """What the patched MLPs are made of, by name."""
+        return {name: patched.mlp for name, patched in self._mlps.items()}
 
     def unpatch(self) -> None:
         """Give the modules their own forward back, and drop the target gradients. A second call does nothing."""
@@ -69,6 +77,27 @@ class PatchHandle:
 
     def __exit__(self, *_) -> None:
         self.unpatch()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Run the model's own forwards inside, on plain autograd, as if it were not patched.
+
+        For graphs that the kernels do not make: theirs have no second derivatives. Graphs that were made before, and
+        those made inside, stay valid afterwards; but a checkpointed forward has to go backward where it was run.
+
+        Raises:
+            ValueError: an unpatched or a suspended handle; also from every other method of a suspended one but
+                `unpatch`.
+        """
+        self._check_patched()
+        modules = [patched.mlp.patched for patched in self._mlps.values()]
+        modules += [] if self._rows is None else self._rows.modules
+        self._is_suspended = True
+        try:
+            with suspend_forwards(modules):
+                yield
+        finally:
+            self._is_suspended = False
 
     def attribute(self, batch: Mapping[str, Tensor], target: str = "prob") -> dict[str, dict[str, NeuronScores]]:
         """Attribution `A = z * d target / dz` (Eq. 1) of every neuron, reduced over each sample's tokens.
@@ -197,6 +226,8 @@ class PatchHandle:
     def _check_patched(self) -> None:
         if not self._is_patched:
             raise ValueError("the handle was unpatched; call ssiuu_kernels.patch(model) again")
+        if self._is_suspended:
+            raise ValueError("the handle is suspended; leave `with handle.suspended()` first")
 
     def _target_params(self) -> list[nn.Parameter]:
         mlps = (parameter for patched in self._mlps.values() for parameter in patched.mlp.parameters)

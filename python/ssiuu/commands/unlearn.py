@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def unlearn(
             prompts.encode_options(facts)  # refuses what does not fit the model, before anything is written
         _train_only(model, method.parameters(model))
         patch = {"scope": "all", "engine": options.engine, **regularizer.patch_options(len(chosen.forget))}
-        with sk.patch(model, **patch) as handle:
+        with sk.patch(model, **patch) as handle, ExitStack() as stack:
+            stack.callback(method.teardown)
             method.setup(model, handle, data)
             regularizer.setup(model, handle, method, data)
             run.start(config)
@@ -182,7 +184,7 @@ def _train(
 
         def evaluate(model: PreTrainedModel) -> dict[str, float]:
             forget = score_facts(model, prompts, split.forget)
-            method.observe(forget.score)
+            method.observe(forget.score, threshold)
             return named_means(forget, "forget") | named_means(score_facts(model, prompts, watched), "retain")
 
         def stop(scores: dict) -> bool:

@@ -16,6 +16,7 @@ from ssiuu_kernels.loss.objectives import Objective
 
 from ..data.facts import Fact
 from ..data.prompts import Encoded, PromptFormat
+from ..options import UnlearnOptions
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ class Batch:
     def without(self, dropped: Sequence[int]) -> Batch:
         """The batch without the forget samples of these ids, and without their companions."""
         leaves = ~self.retain & torch.isin(self.ids, torch.tensor(list(dropped), device=self.ids.device))
-        if not bool(leaves.any()):
-            return self
+        return self.only(~leaves) if bool(leaves.any()) else self
+
+    def only(self, chosen: Tensor) -> Batch:
+        """The batch of these samples alone; `chosen` is bool `[B]`."""
         rows = ("input_ids", "attention_mask", "labels", "forget", "companion", "ids")
-        return replace(self, **{name: getattr(self, name)[~leaves] for name in rows})
+        return replace(self, **{name: getattr(self, name)[chosen] for name in rows})
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,12 @@ class Loss(NamedTuple):
     Attributes:
         value: 0-dim, to minimise.
         logits: `[B, S, V]` of the batch from the forward that `value` comes from, for a regularizer that needs the
-            answers' log-likelihoods.
+            answers' log-likelihoods. None where that forward did not run on the patched model: a regularizer that needs
+            logits takes `Method.forward` of the forget samples, one more forward.
     """
 
     value: Tensor
-    logits: Tensor
+    logits: Tensor | None
 
 
 class Method(ABC):
@@ -113,8 +117,11 @@ class Method(ABC):
     def __init__(self, options: Any):
         self.options = options
 
-    def check(self) -> None:
-        """Raise a ValueError for options out of range; no model is loaded yet."""
+    def check(self, run: UnlearnOptions) -> None:
+        """Raise a ValueError for options out of range, and for a run that the method cannot go with.
+
+        No model is loaded yet.
+        """
 
     def parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
         """The parameters to train; the others are frozen during the run.
@@ -136,6 +143,9 @@ class Method(ABC):
         """
         self.model, self.handle, self.data = model, handle, data
 
+    def teardown(self) -> None:
+        """Take back what `setup` did to the model; called when the run ends, whichever way."""
+
     @abstractmethod
     def loss(self, batch: Batch) -> Loss:
         """The loss of a micro-batch, with its graph."""
@@ -146,8 +156,12 @@ class Method(ABC):
 
     # What a run asks between steps.
 
-    def observe(self, scores: Tensor) -> None:
-        """Take note of the forget facts' scores, float32 `[facts]`, whenever the run evaluates."""
+    def observe(self, scores: Tensor, threshold: float) -> None:
+        """Take note of the forget facts' scores, float32 `[facts]`, whenever the run evaluates.
+
+        Args:
+            threshold: the run stops when their mean is at or below it.
+        """
 
     @property
     def dropped(self) -> Sequence[int]:

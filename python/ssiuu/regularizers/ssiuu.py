@@ -66,6 +66,9 @@ class Ssiuu(Regularizer):
             logits, objective = self.method.forward(batch), self.method.objective(batch)
             return self.handle.unlearning_loss(logits, batch.labels, batch.forget, objective, target)
         value, logits = self.method.loss(batch)
+        if logits is None:
+            batch = batch.only(batch.forget)
+            logits = self.method.forward(batch)
         return value + self.handle.target_term(logits, batch.labels, batch.forget, target)
 
     def optimizer(self, params: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:

@@ -17,17 +17,20 @@ class RowForwards:
 
     Args:
         grad_dtype: of the gradients of all trainable parameters; None: the parameter's.
+
+    Attributes:
+        modules: those on stand-ins.
     """
 
     def __init__(self, model: nn.Module, grad_dtype: torch.dtype | None):
-        self._modules = [
+        self.modules = [
             module
             for module in model.modules()
             if any(True for _ in module.parameters(recurse=False))
             and not is_replaced(module)
             and not isinstance(module, torch.jit.ScriptModule)
         ]
-        for module in self._modules:
+        for module in self.modules:
             install(module)
         keep_buffers()
         self._dtypes: list[tuple[nn.Parameter, torch.dtype]] = []
@@ -39,7 +42,7 @@ class RowForwards:
     def remove(self) -> None:
         """Leave the model as it was."""
         release_buffers()
-        for module in self._modules:
+        for module in self.modules:
             remove(module)
         for param, dtype in self._dtypes:
             param.grad = param.target_grad = None  # of another type than the one that is allowed again
