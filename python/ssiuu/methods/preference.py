@@ -20,6 +20,7 @@ from ssiuu_kernels.loss.objectives import (
 )
 
 from ..data.prompts import Encoded
+from ..options import UnlearnOptions
 from .base import Batch, LikelihoodMethod, UnlearnData, retain_over_the_step
 from .reference import Reference
 from .registry import register_method
@@ -35,7 +36,7 @@ def _check_beta(beta: float) -> None:
 class ReferencedMethod(LikelihoodMethod):
     """A method that compares the model with itself before unlearning."""
 
-    def check(self) -> None:
+    def check(self, run: UnlearnOptions) -> None:
         _check_beta(self.options.beta)
 
     def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, data: UnlearnData) -> None:
@@ -97,8 +98,8 @@ class DirectPreference(ReferencedMethod):
         beta: float = BETA
         refusal: str = REFUSAL
 
-    def check(self) -> None:
-        super().check()
+    def check(self, run: UnlearnOptions) -> None:
+        super().check(run)
         refusal = self.options.refusal
         if not isinstance(refusal, str) or not refusal.strip():
             raise ValueError(
@@ -141,7 +142,7 @@ class SimpleNegativePreference(LikelihoodMethod):
         beta: float = SIMPLE_BETA
         gamma: float = SIMPLE_GAMMA
 
-    def check(self) -> None:
+    def check(self, run: UnlearnOptions) -> None:
         _check_beta(self.options.beta)
         if not 0 <= self.options.gamma < math.inf:
             raise ValueError(f"gamma={self.options.gamma}; expected a finite number, at least 0")

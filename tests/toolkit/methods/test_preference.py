@@ -15,8 +15,8 @@ from ssiuu.data.facts import Split
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.methods.base import Batch, UnlearnData
 from ssiuu.methods.reference import Reference
-from ssiuu.methods.registry import make
 from ssiuu.options import UnlearnOptions
+from ssiuu.pairs import make
 from ssiuu.training.unlearn_trainer import UnlearnTrainer
 from tests.support.small_runs import assert_resumes_bit_for_bit, by, lines
 
