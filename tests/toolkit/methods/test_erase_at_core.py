@@ -23,13 +23,13 @@ from tests.support.unlearn_data import batch_of, data_of
 # answer, so that nothing is left to the draw.
 FORGET = [Fact("where ann born", "rome"), Fact("where bob born", "oslo lima rome")]
 RETAIN = [Fact("where cid lives", "lima rome"), Fact("where", "rome"), Fact("where dee lives", "oslo lima rome")]
-# The layers and the final norm of two-layer models.
+# The option with the number of layers, and where these and the final norm are.
 PLACES = {
-    "llama": (["model.layers.0", "model.layers.1"], "model.norm"),
-    "phi3": (["model.layers.0", "model.layers.1"], "model.norm"),
-    "gpt2": (["transformer.h.0", "transformer.h.1"], "transformer.ln_f"),
-    "gpt_neox": (["gpt_neox.layers.0", "gpt_neox.layers.1"], "gpt_neox.final_layer_norm"),
-    "opt": (["model.decoder.layers.0", "model.decoder.layers.1"], "model.decoder.final_layer_norm"),
+    "llama": ("num_hidden_layers", "model.layers", "model.norm"),
+    "phi3": ("num_hidden_layers", "model.layers", "model.norm"),
+    "gpt2": ("n_layer", "transformer.h", "transformer.ln_f"),
+    "gpt_neox": ("num_hidden_layers", "gpt_neox.layers", "gpt_neox.final_layer_norm"),
+    "opt": ("num_hidden_layers", "model.decoder.layers", "model.decoder.final_layer_norm"),
 }
 
 
@@ -115,10 +115,11 @@ def random_options():
     return {name: 0.2 + torch.rand(()).item() for name in names}
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("family", PLACES)
 def test_the_loss_and_its_gradients_are_the_formula(data, family, number):
-    model, options = tiny_model(family, torch.float64), random_options()
+    size, layers, norm = PLACES[family]
+    model, options = tiny_model(family, torch.float64, **{size: 3}), random_options()
     before, plain = copy.deepcopy(model), copy.deepcopy(model)
     method = erase_at_core(eac_layers=number, **options)
     trained = method.parameters(model)
@@ -127,8 +128,8 @@ def test_the_loss_and_its_gradients_are_the_formula(data, family, number):
         plain.load_state_dict(model.state_dict())
         loss, logits = method.loss(batch_of(data, [1, 0], [2, 0]))
         actual = torch.autograd.grad(loss, trained)
-    modules, norm = PLACES[family]
-    expected = loss_by_formula(plain, before, data, [1, 0], [2, 0], modules[-number:], norm, options)
+    modules = [f"{layers}.{index}" for index in (0, 1, 2)[-number:]]
+    expected = loss_by_formula(plain, before, data, [1, 0], [2, 0], modules, norm, options)
     assert torch.allclose(loss, expected, rtol=1e-6)
     for one, other in zip(actual, torch.autograd.grad(expected, method.parameters(plain)), strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-12
@@ -163,10 +164,10 @@ def test_micro_batches_of_a_run_add_up(options, tmp_path):
 
 def test_states_before_unlearning_are_of_a_model_in_eval_mode(data):
     model = tiny_model("gpt2", torch.float64, resid_pdrop=0.5)
-    plain, method = copy.deepcopy(model).eval(), erase_at_core()
+    plain, method = copy.deepcopy(model).eval(), erase_at_core(eac_layers=1)
     with set_up(method, model, data):
         for found, sample in zip(method.original, data.forget_samples, strict=True):
-            assert torch.allclose(found, torch.stack(question_states(plain, sample, PLACES["gpt2"][0])))
+            assert torch.allclose(found, torch.stack(question_states(plain, sample, ["transformer.h.1"])))
     assert model.training
 
 
