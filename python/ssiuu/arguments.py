@@ -165,6 +165,10 @@ class Parser:
         for title, arguments in options.items():
             _add(self._parser.add_argument_group(title), arguments)
 
+    def help(self) -> str:
+        """What --help prints."""
+        return self._parser.format_help()
+
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
         """Name -> value of the arguments that were given.
 
@@ -193,7 +197,7 @@ class Parser:
     def _refusal(self, spelled: str, name: str, known: Mapping[str, Argument], spelling: str) -> str:
         near = difflib.get_close_matches(name, known, 1, cutoff=0.7)
         if name in self.elsewhere:
-            hint = f"an option of {self.elsewhere[name]}"
+            hint = f"it is one of {self.elsewhere[name]}"
         elif near:
             hint = f"did you mean {getattr(known[near[0]], spelling)}?"
         else:

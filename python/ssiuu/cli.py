@@ -258,6 +258,7 @@ def _read(function: Callable, words: list[str]) -> tuple[list, dict]:
     parser = Parser(prog, text_of(function, WIDTH), own, **options)
     file = parser.read(stored, chosen.get("config"))
     line = parser.parse(words)
+    line.pop("config", None)
     parser.require({**file, **line})
     values = {name: line.pop(name, parameter.default) for name, parameter in parameters.items()}
     if kind is UnlearnOptions:

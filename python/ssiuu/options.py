@@ -134,7 +134,7 @@ class UnlearnOptions(ModelOptions):
 
         The method and the regularizer check their own (`pairs.make`).
         """
-        from ssiuu_kernels.loss.unlearning import ENGINES  # torch
+        from ssiuu_kernels import ENGINES  # torch
 
         check_weights_dtype(self.dtype)
         if self.engine not in ENGINES:

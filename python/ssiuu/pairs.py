@@ -25,8 +25,13 @@ def resolve(method: str, regularizer: str) -> tuple[type[Method], type[Regulariz
     """The classes of two names.
 
     Raises:
-        ValueError: an unknown name, whose message lists the names; a pair ("ssiuu") with a regularizer beside it.
+        ValueError: an unknown name, whose message lists the names; a pair ("ssiuu") with a regularizer beside it; an
+            option that both have.
     """
+    known = {"method": [*methods(), *PAIRS], "regularizer": [*regularizers()]}
+    for kind, name in (("method", method), ("regularizer", regularizer)):
+        if name not in known[kind]:
+            raise ValueError(f"{kind}={name!r} is unknown; expected one of {', '.join(known[kind])}")
     if method in PAIRS:
         if regularizer not in ("none", PAIRS[method][1]):
             backbone, own = PAIRS[method]
@@ -35,13 +40,14 @@ def resolve(method: str, regularizer: str) -> tuple[type[Method], type[Regulariz
                 f"given beside it; use method={backbone!r}"
             )
         method, regularizer = PAIRS[method]
-    found = []
-    for kind, name, known in (("method", method, methods()), ("regularizer", regularizer, regularizers())):
-        if name not in known:
-            names = [*known, *PAIRS] if kind == "method" else known
-            raise ValueError(f"{kind}={name!r} is unknown; expected one of {', '.join(names)}")
-        found.append(known[name])
-    return tuple(found)
+    found = methods()[method], regularizers()[regularizer]
+    shared = set(option_names(found[0])) & set(option_names(found[1]))
+    if shared:
+        raise ValueError(
+            f"method {method!r} and regularizer {regularizer!r} both have an option {min(shared)!r}; rename one of "
+            "them in its package"
+        )
+    return found
 
 
 def make(options: UnlearnOptions) -> tuple[Method, Regularizer]:
@@ -52,12 +58,6 @@ def make(options: UnlearnOptions) -> tuple[Method, Regularizer]:
             together.
     """
     classes = resolve(options.method, options.regularizer)
-    shared = set(option_names(classes[0])) & set(option_names(classes[1]))
-    if shared:
-        raise ValueError(
-            f"method {classes[0].name!r} and regularizer {classes[1].name!r} both have an option {min(shared)!r}; "
-            "rename one of them in its package"
-        )
     settings = dict(options.settings)
     made = []
     for kind in classes:

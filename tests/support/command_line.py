@@ -9,16 +9,20 @@ from ssiuu.cli import main
 
 
 class Result(NamedTuple):
-    """Exit status, and what went to stdout and stderr together."""
+    """Exit status, and what was printed."""
 
     status: int
-    output: str
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self):
+        return self.stdout + self.stderr
 
 
 def run(*arguments, charset="utf-8"):
     """`ssiuu` with these arguments, on a terminal of this encoding."""
-    written = io.BytesIO()
-    stream = io.TextIOWrapper(written, encoding=charset, write_through=True)
-    with patch.object(sys, "stdout", stream), patch.object(sys, "stderr", stream):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=charset, write_through=True) for _ in range(2)]
+    with patch.object(sys, "stdout", streams[0]), patch.object(sys, "stderr", streams[1]):
         status = main([str(argument) for argument in arguments])
-    return Result(status, written.getvalue().decode(charset))
+    return Result(status, *(stream.buffer.getvalue().decode(charset) for stream in streams))

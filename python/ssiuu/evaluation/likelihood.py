@@ -69,7 +69,7 @@ def score_facts(
     chosen, written = (progress, None) if options else (None, progress)
     with eval_mode(model):
         encoded = prompts.encode_options(facts)
-        log_probs, lengths = _log_probs(model, prompts, encoded, batch_size, chosen and _per(chosen, counts))
+        log_probs, lengths = log_probs_and_lengths(model, prompts, encoded, batch_size, chosen and _per(chosen, counts))
         by_fact = zip(log_probs.split(counts), lengths.split(counts), strict=True)
         probability, margin = zip(*[_probability_and_margin(s, n) for s, n in by_fact], strict=True)
         probability, margin = torch.stack(probability), torch.stack(margin)
@@ -95,7 +95,7 @@ def _per(progress: Callable[[int], None], counts: Sequence[int]) -> Callable[[in
 
 
 @torch.inference_mode()
-def _log_probs(
+def log_probs_and_lengths(
     model: PreTrainedModel,
     prompts: PromptFormat,
     encoded: Sequence[Encoded],
