@@ -228,6 +228,7 @@ RUNS = {
     "none": ("none", {}),
     "ssiuu": ("ssiuu", {"penalty_weight": 1e4}),
     "ssiuu, two backwards": ("ssiuu", {"penalty_weight": 1e4, "engine": "two-backward"}),
+    "ssiuu, in backward": ("ssiuu", {"penalty_weight": 1e4, "update_in_backward": True}),
     "autocast and checkpointing": ("none", {"bf16": True, "gradient_checkpointing": True}),
     "ssiuu, autocast and checkpointing": (
         "ssiuu",
