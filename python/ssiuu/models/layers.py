@@ -77,15 +77,15 @@ class LogitLens:
             raise ValueError(f"{type(model).__name__} has no output head; expected a causal language model")
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Logits `[..., V]` of states `[..., D]`."""
-        return self.head(self.norm(states))
+        """Logits `[..., V]` of states `[..., D]`, which may be of another dtype than the head (autocast)."""
+        return self.head(self.norm(states.to(self.head.weight.dtype)))
 
     def check(self, last_states: Tensor, logits: Tensor) -> None:
         """Raise a ValueError unless this gives the model's logits `[..., V]` from the last layer's states `[..., D]`.
 
         A model may scale or cap its logits, or project states between norm and head; its lens would have to as well.
         """
-        wrong = self.head.in_features != last_states.shape[-1]
+        wrong = self.head.weight.shape[-1] != last_states.shape[-1]
         if not wrong:
             distance, largest = (self(last_states) - logits).abs().max(), logits.abs().max()
             wrong = not distance <= max(1e-3, 4 * torch.finfo(logits.dtype).eps) * largest
