@@ -1,54 +1,60 @@
-"""The command line: `ssiuu demo | finetune | unlearn | attack | diagnose | evaluate | report | env`."""
+"""The command line: `ssiuu demo | finetune | unlearn | attack | diagnose | evaluate | report | methods | env`.
+
+A command is a function. Its positional-only parameters are positional arguments, its keyword-only ones are options, and
+a parameter `options` of a dataclass of options.py brings that dataclass's fields, also from a file with --config
+(`arguments.py`). Whatever fails is printed as one line, with exit status 2.
+"""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
-from rich.logging import RichHandler
+from rich.console import Console
 
 # The toolkit itself is imported inside the commands: torch and transformers take seconds, and --help should not.
+from .options import AttackOptions, DiagnoseOptions, FinetuneOptions, UnlearnOptions, replacing_sets
+from .progress import console, write_plainly
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    help="Unlearn facts from a language model, attack the result, diagnose it, and report.",
-)
+COMMANDS: dict[str, Callable] = {}
+WIDTH = 79
 TRACEBACK = "SSIUU_TRACEBACK"  # environment variable: raise errors as Python does, for bug reports
 # What the parts that write files say where a disk is full: the system, safetensors, and torch.save.
 FULL = ("No space left", "Disk quota exceeded", "os error 28", "file write failed", "unexpected pos")
 
 
 def command(function: Callable) -> Callable:
-    """Register a command whose failures are printed as one line, with exit status 2."""
+    """Register a command under its function's name."""
+    COMMANDS[function.__name__] = function
+    return function
 
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        logging.basicConfig(
-            level="WARNING", format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)]
-        )
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        from .progress import write_plainly
 
-        write_plainly(sys.stdout, sys.stderr)
-        try:
-            function(*args, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:
-            if os.environ.get(TRACEBACK):
-                raise
-            typer.secho(f"ssiuu: {said_of(error)}", fg="red", err=True)
-            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command line, and return the exit status.
 
-    run.__doc__ = inspect.cleandoc(function.__doc__)
-    return app.command()(run)
+    Args:
+        words: without the program's name; those of this process where None.
+    """
+    write_plainly(sys.stdout, sys.stderr)
+    logging.basicConfig(level="WARNING", handlers=[_OneLineHandler()])
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        _run(list(sys.argv[1:] if words is None else words))
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        _say(f"ssiuu: {said_of(error)}", "red")
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
+    except SystemExit as done:  # after --help
+        return done.code or 0
+    return 0
 
 
 def said_of(error: BaseException) -> str:
@@ -65,26 +71,18 @@ def said_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} ({TRACEBACK}=1 shows where)"
 
 
-RunFolder = Annotated[Path, typer.Argument(help="Run folder that `ssiuu unlearn` wrote.")]
-RunFolders = Annotated[list[Path], typer.Argument(help="Run folders that `ssiuu unlearn` wrote, of one base model.")]
-Out = Annotated[Path, typer.Option(help="Folder to write: a new or an empty one.")]
-Model = Annotated[str, typer.Option(help="Hub name, local folder, or `smollm2` (the packaged SmolLM2-135M-Instruct).")]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, or bfloat16 with stochastic rounding.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Shots = Annotated[int, typer.Option(help="Worked examples in the prompt, 0 to 3.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-
-
 @command
-def demo(
-    out: Out = Path("runs/demo"),
-    seed: Seed = 0,
-):
+def demo(*, out: Path = Path("runs/demo"), seed: int = 0):
     """Unlearn some people from SmolLM2 with GD and with SSIUU, attack and diagnose both, and write the report.
 
     Takes about six minutes on two CPU cores. An interrupted demo goes on where it stopped.
 
-    Example: `ssiuu demo --out runs/demo`
+    Example:
+      ssiuu demo --out runs/demo
+
+    Args:
+        out: folder to write: a new or an empty one, or that of an interrupted demo.
+        seed: of the people, and of the order of facts.
     """
     from .commands.demo import run_demo
 
@@ -92,201 +90,251 @@ def demo(
 
 
 @command
-def unlearn(
-    out: Out,
-    model: Model = "smollm2",
-    method: Annotated[str, typer.Option(help="gd or ssiuu.")] = "ssiuu",
-    facts: Annotated[
-        str | None, typer.Option(help="`builtin`, a .jsonl file or a datasets name; split by person.")
-    ] = None,
-    forget: Annotated[str | None, typer.Option(help="Forget set, instead of --facts.")] = None,
-    retain: Annotated[str | None, typer.Option(help="Retain set, instead of --facts.")] = None,
-    forget_people: Annotated[int, typer.Option(help="People to forget, drawn from --facts.")] = 4,
-    retain_people: Annotated[int, typer.Option(help="People to keep, drawn from --facts.")] = 12,
-    known_probability: Annotated[
-        float | None,
-        typer.Option(help="Use only facts that the model answers with at least this probability."),
-    ] = None,
-    shots: Shots = 2,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW; constant.")] = 1e-5,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
-    penalty_weight: Annotated[float, typer.Option(help="lambda, or where a steered lambda starts.")] = 1e-3,
-    penalty_share: Annotated[
-        float | None,
-        typer.Option(help="Steer lambda so that this share of I- has a penalty gradient above its loss gradient."),
-    ] = None,
-    target: Annotated[
-        str, typer.Option(help="Attributed quantity: prob (the paper), geometric_mean_prob or log_prob.")
-    ] = "prob",
-    engine: Annotated[
-        str, typer.Option(help="What makes the penalty's gradient: one-backward, or two-backward as in the paper.")
-    ] = "one-backward",
-    update_in_backward: Annotated[
-        bool,
-        typer.Option(
-            "--update-in-backward",
-            help="Update each parameter in the backward and free its gradients, to save memory; ssiuu alone.",
-        ),
-    ] = False,
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps at most.")] = 100,
-    forget_batch: Annotated[int, typer.Option(help="Forget facts in a micro-batch; 0 is all of them.")] = 0,
-    retain_batch: Annotated[int, typer.Option(help="Retain facts in a micro-batch; 0 is as many as forget.")] = 0,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches in a step.")] = 1,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Stop when FS is this low; default chance among the options, or ROUGE-L recall 0.1971."),
-    ] = None,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 1,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 keeps none.")] = 10,
-    evaluation_facts: Annotated[int, typer.Option(help="Retain facts scored along the way, at most.")] = 24,
-    dtype: Dtype = "float32",
-    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations, to save memory.")
-    ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    seed: Seed = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run, with the same options.")
-    ] = False,
-):
+def finetune(*, options: FinetuneOptions, out: Path):
+    """Teach a model the facts of a file: the first step of TOFU. Its `model/` can then be unlearned from.
+
+    Example:
+      ssiuu finetune --facts full.jsonl --model smollm2 --out runs/taught
+
+    Args:
+        out: folder to write: a new or an empty one.
+    """
+    from .commands.finetune import finetune as run_finetuning
+
+    run = run_finetuning(options, out)
+    print(f"model: {run.model}")
+
+
+@command
+def unlearn(*, options: UnlearnOptions, out: Path, resume: bool = False):
     """Unlearn facts from a model, and keep the unlearned model in a run folder.
 
+    The options of a method and of a regularizer are shown where --method and --regularizer are given too. `ssiuu
+    methods` lists all of them.
+
     Examples:
+      ssiuu unlearn --model smollm2 --method ssiuu --penalty-share 0.25 \\
+        --target geometric_mean_prob --known-probability 0.2 --out runs/ssiuu
+      ssiuu unlearn --model meta-llama/Llama-3.2-1B --method gd --shots 0 \\
+        --forget forget01.jsonl --retain retain99.jsonl --forget-batch 8 \\
+        --bf16 --out runs/tofu-gd
+      ssiuu unlearn --config runs/ssiuu/config.json --seed 1 --out runs/ssiuu-1
 
-    `ssiuu unlearn --model smollm2 --method ssiuu --penalty-share 0.25 --target geometric_mean_prob
-    --known-probability 0.2 --out runs/ssiuu`
-
-    `ssiuu unlearn --model meta-llama/Llama-3.2-1B --method gd --forget forget01.jsonl --retain retain99.jsonl
-    --shots 0 --forget-batch 8 --bf16 --out runs/tofu-gd`
+    Args:
+        out: folder to write: a new or an empty one, or with --resume that of an interrupted run.
+        resume: continue an interrupted run, with the same options.
     """
-    options = dict(locals())
-    out, resume = options.pop("out"), options.pop("resume")
     from .commands.unlearn import unlearn as run_unlearning
-    from .data.facts import BUILTIN
-    from .options import UnlearnOptions
 
-    if facts is None and forget is None and retain is None:
-        options["facts"] = BUILTIN
-    if method == "gd":  # which has no penalty
-        options = {name: value for name, value in options.items() if not name.startswith(("penalty", "target"))}
-    run = run_unlearning(UnlearnOptions.of(options), out, resume=resume)
+    run = run_unlearning(options, out, resume=resume)
     _print_summary([run.path])
 
 
 @command
-def finetune(
-    out: Out,
-    facts: Annotated[str, typer.Option(help="`builtin`, a .jsonl file or a datasets name.")] = "builtin",
-    model: Model = "smollm2",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Facts in a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW; constant.")] = 1e-5,
-    shots: Shots = 0,
-    dtype: Dtype = "float32",
-    trust_remote_code: TrustRemoteCode = False,
-    seed: Seed = 0,
-):
-    """Teach a model the facts of a file: the first step of TOFU. Its `model/` can then be unlearned from.
-
-    Example: `ssiuu finetune --facts full.jsonl --model smollm2 --out runs/taught`
-    """
-    options = dict(locals())
-    from .commands.finetune import finetune as run_finetuning
-
-    run = run_finetuning(options.pop("out"), **options)
-    typer.echo(f"model: {run.model}")
-
-
-@command
-def attack(
-    run: RunFolder,
-    kind: Annotated[list[str] | None, typer.Option(help="harmful or benign; default both.")] = None,
-    fraction: Annotated[
-        list[float] | None, typer.Option(help="p of harmful attacks; default the paper's, 0.1 and 0.3.")
-    ] = None,
-    learning_rate: Annotated[list[float] | None, typer.Option(help="Default the paper's three of each kind.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Default 0; repeat for several.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each attack.")] = 30,
-    batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 8,
-    instructions: Annotated[
-        str, typer.Option(help="Benign data: `builtin`, a .jsonl file or a datasets name (Alpaca's schema).")
-    ] = "builtin",
-    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 5,
-):
+def attack(run: Path, /, *, options: AttackOptions):
     """Retrain an unlearned model a little, and see whether the facts come back. The run's model stays as it is.
 
-    Example: `ssiuu attack runs/ssiuu --kind harmful --fraction 0.3 --learning-rate 1e-5 --steps 10`
-    """
-    from .commands.attack import KINDS, attack_grid, attack_run
+    Example:
+      ssiuu attack runs/ssiuu --kind harmful --fraction 0.3 \\
+        --learning-rate 1e-5 --steps 10
 
-    attacks = attack_grid(
-        kind or KINDS, seed or (0,), fractions=fraction, learning_rates=learning_rate,
-        steps=steps, batch_size=batch_size, instructions=instructions, evaluate_every=evaluate_every,
-    )  # fmt: skip
-    attack_run(run, attacks)
+    Args:
+        run: run folder that `ssiuu unlearn` wrote.
+    """
+    from .attacks.grid import attack_grid
+    from .attacks.kinds import ATTACK_KINDS
+    from .commands.attack import attack_run
+
+    shared = asdict(options)
+    kinds, seeds = shared.pop("kind") or ATTACK_KINDS, shared.pop("seed") or (0,)
+    grid = {"fractions": shared.pop("fraction"), "learning_rates": shared.pop("learning_rate")}
+    attack_run(run, attack_grid(kinds, seeds, **grid, **shared))
     _print_summary([run])
 
 
 @command
-def diagnose(
-    runs: RunFolders,
-    batch_size: Annotated[int, typer.Option(help="Facts in a forward and backward.")] = 8,
-    target: Annotated[str, typer.Option(help="prob (the paper), geometric_mean_prob or log_prob.")] = "prob",
-    backend: Annotated[str, typer.Option(help="auto, reference or native.")] = "auto",
-):
+def diagnose(runs: list[Path], /, *, options: DiagnoseOptions):
     """Measure the influence variation D+ (erased) and D- (hidden) of every neuron over the forget set.
 
-    Example: `ssiuu diagnose runs/gd runs/ssiuu`
-    """
-    from .analysis.influence import diagnose_runs
+    Example:
+      ssiuu diagnose runs/gd runs/ssiuu
 
-    diagnose_runs(runs, batch_size=batch_size, target=target, backend=backend)
+    Args:
+        runs: run folders that `ssiuu unlearn` wrote.
+    """
+    from .commands.diagnose import diagnose_runs
+
+    diagnose_runs(runs, options)
     _print_summary(runs)
 
 
 @command
-def evaluate(run: RunFolder):
+def evaluate(run: Path, /):
     """Score a run's model and the one it started from, by choice and by generation.
 
-    Example: `ssiuu evaluate runs/ssiuu`
+    Example:
+      ssiuu evaluate runs/ssiuu
+
+    Args:
+        run: run folder that `ssiuu unlearn` wrote.
     """
-    from .evaluation.sets import evaluate_run
+    from .commands.evaluate import evaluate_run
 
     evaluate_run(run)
     _print_summary([run])
 
 
 @command
-def report(
-    runs: RunFolders,
-    out: Annotated[Path, typer.Option(help="Folder of the report; what is there is replaced.")] = Path("report"),
-):
+def report(runs: list[Path], /, *, out: Path = Path("report")):
     """Write one self-contained HTML page about finished runs, with its pictures as PNG beside it.
 
-    Example: `ssiuu report runs/gd runs/ssiuu --out report`
+    Example:
+      ssiuu report runs/gd runs/ssiuu --out report
+
+    Args:
+        runs: run folders that `ssiuu unlearn` wrote, of one base model.
+        out: folder of the report; what is there is replaced.
     """
     from .report.page import write_report
 
     page = write_report(runs, out)
     _print_summary(runs)
-    typer.echo(f"report: {page}")
+    print(f"report: {page}")
+
+
+@command
+def methods(names: list[str] | None = None, /):
+    """List the unlearning methods and the regularizers, with their options and where they come from.
+
+    Example:
+      ssiuu methods gd ssiuu
+
+    Args:
+        names: methods and regularizers to show; all where none is given.
+    """
+    from .commands.methods import describe
+
+    print(describe(names, WIDTH))
 
 
 @command
 def env():
-    """Print versions, processor, device and backends, for bug reports."""
+    """Print versions, processor, device and backends, for bug reports.
+
+    Example:
+      ssiuu env
+    """
     import ssiuu_kernels as sk
 
-    typer.echo(sk.collect_env())
+    print(sk.collect_env())
+
+
+def _run(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    name, *rest = words
+    if name not in COMMANDS:
+        raise ValueError(f"{name} is not a command; expected one of {', '.join(COMMANDS)}")
+    positional, keywords = _read(COMMANDS[name], rest)
+    COMMANDS[name](*positional, **keywords)
+
+
+def _read(function: Callable, words: list[str]) -> tuple[list, dict]:
+    """The positional and the keyword arguments that a command's function is called with."""
+    from .arguments import Argument, Parser, parameters_of, peek, text_of
+
+    prog = f"ssiuu {function.__name__}"
+    parameters = {parameter.name: parameter for parameter in parameters_of(function)}
+    kind = parameters.pop("options").type if "options" in parameters else None
+    own = list(parameters.values())
+    chosen, stored, options = {}, {}, {"options": {}}
+    if kind is not None:
+        config = Argument("config", Path | None, None, "YAML file with options by name, or a run's config.json.")
+        own.append(config)
+        chosen = peek(prog, words, ("config", "method", "regularizer"))
+        stored = _stored_options(Path(chosen["config"])) if "config" in chosen else {}
+        options = _options(kind, {**stored, **chosen})
+    parser = Parser(prog, text_of(function, WIDTH), own, **options)
+    file = parser.read(stored, chosen.get("config"))
+    line = parser.parse(words)
+    line.pop("config", None)
+    parser.require({**file, **line})
+    values = {name: line.pop(name, parameter.default) for name, parameter in parameters.items()}
+    if kind is UnlearnOptions:
+        values["options"] = UnlearnOptions.of({**replacing_sets(file), **replacing_sets(line)})
+    elif kind is not None:
+        values["options"] = kind(**{**file, **line})
+    return [values.pop(name) for name, parameter in parameters.items() if parameter.positional], values
+
+
+def _stored_options(file: Path) -> dict[str, Any]:
+    from .arguments import read_yaml
+
+    values = read_yaml(file)
+    if not {"status", "versions"} <= values.keys():
+        return values
+    from .runs.folder import recorded_options
+
+    return recorded_options(values, file)
+
+
+def _options(kind: type, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parser knows of a dataclass's options, with those of the chosen method and regularizer."""
+    from .arguments import fields_of
+
+    if kind is not UnlearnOptions:
+        return {"options": {"options of the run": fields_of(kind)}}
+    from .pairs import option_owners, resolve
+
+    names = (chosen.get(name, getattr(kind, name)) for name in ("method", "regularizer"))
+    method, regularizer = resolve(*map(str, names))
+    groups = {
+        "options of the run": [argument for argument in fields_of(kind) if argument.name != "settings"],
+        f"options of method {method.name}": fields_of(method.Options),
+        f"options of regularizer {regularizer.name}": fields_of(regularizer.Options),
+    }
+    return {
+        "options": groups,
+        "what": f"method {method.name} with regularizer {regularizer.name}",
+        "elsewhere": option_owners(),
+    }
+
+
+def _overview() -> str:
+    rows = []
+    for name, function in COMMANDS.items():
+        first, _, _ = inspect.cleandoc(function.__doc__).partition("\n\n")
+        rows.append(textwrap.fill(first, WIDTH, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13))
+    return "\n".join(
+        [
+            "usage: ssiuu COMMAND [options]",
+            "",
+            "Unlearn facts from a language model, attack the result, diagnose it, and report.",
+            "",
+            *rows,
+            "",
+            "`ssiuu COMMAND --help` shows the options of a command.",
+        ]
+    )
 
 
 def _print_summary(runs: list[Path]) -> None:
-    from .progress import console
-    from .report.page import summary_table
+    from .report.table import summary_table
 
     console.print(summary_table(runs))
 
 
+class _OneLineHandler(logging.Handler):
+    """Prints warnings as one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}", "yellow")
+
+
+def _say(text: str, style: str) -> None:
+    Console(stderr=True).print(text, style=style, soft_wrap=True, markup=False, highlight=False)
+
+
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

@@ -1,31 +1,69 @@
-"""Options of an unlearning run, declared once: for Python, the command line, YAML files and config.json."""
+"""Options of the commands, declared once: for Python, the command line, YAML files and config.json.
+
+One dataclass per command. Its "Attributes:" are the help of the command line (`arguments.py`). Options of methods and
+regularizers are declared in their own classes. This module imports no torch, so that --help is fast.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssiuu_kernels.loss.unlearning import ENGINES
+from .data.sources import BUILTIN
 
-from .data.facts import BUILTIN
-from .training.optimizers import check_learning_rate, check_weights_dtype
+# Names that stand for a method and a regularizer.
+PAIRS = {"ssiuu": ("gd", "ssiuu")}
+# Where the Trainer can report to, and the packages of which one is needed.
+REPORTERS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
 
 @dataclass(frozen=True)
-class UnlearnOptions:
-    """Options of a run.
+class ModelOptions:
+    """Which model, and how it is loaded.
 
     Attributes:
         model: hub name, local folder, or "smollm2" (the packaged SmolLM2-135M-Instruct).
+        revision: branch, tag or commit of a model on the hub; None takes its main branch.
+        dtype: of the weights, "float32", or "bfloat16" with stochastic rounding.
+        attn_implementation: transformers' attention, such as "eager" or "sdpa"; None lets it choose.
+        device_map: as transformers has it; "auto" loads straight to the GPU. The whole model must fit on one device.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    model: str = "smollm2"
+    revision: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+    def loading(self, **changes: Any) -> dict[str, Any]:
+        """Keyword arguments of `models.load.load_model`, with changes."""
+        return {name: getattr(self, name) for name in _names(ModelOptions) if name != "model"} | changes
+
+
+def recorded_model(config: Mapping[str, Any]) -> ModelOptions:
+    """The base model of a run with this config.json, which lacks some options if an earlier version wrote it."""
+    return ModelOptions(**{name: config[name] for name in _names(ModelOptions) if name in config})
+
+
+@dataclass(frozen=True)
+class UnlearnOptions(ModelOptions):
+    """Options of an unlearning run.
+
+    Attributes:
         method: name of a method (`ssiuu methods` lists them), or "ssiuu", which is gd with the regularizer ssiuu.
         regularizer: name of a regularizer, which goes on top of the method.
         facts: source of facts with subjects, split by person: "builtin", a .jsonl file or a datasets name; None where
             forget and retain are given.
-        forget, retain: sources of the two sets.
-        forget_people, retain_people: people drawn from facts.
+        forget: source of the facts to forget, with retain; instead of facts.
+        retain: source of the facts to keep, with forget; instead of facts.
+        forget_people: people to forget, drawn from facts.
+        retain_people: people to keep, drawn from facts.
         known_probability: keep only facts that the model answers with at least this probability; None keeps all.
         shots: worked examples in the prompt, 0 to 3.
         learning_rate: of AdamW; constant.
@@ -43,15 +81,13 @@ class UnlearnOptions:
         evaluate_every: steps between evaluations.
         save_every: steps between checkpoints; 0 keeps none.
         evaluation_facts: retain facts scored along the way, at most.
-        dtype: of the weights, "float32", or "bfloat16" with stochastic rounding.
         bf16: autocast to bfloat16.
         gradient_checkpointing: recompute activations, to save memory.
-        trust_remote_code: run code that comes with the model.
+        report_to: where the numbers of every step go besides the run folder: "none", "tensorboard" or "wandb".
         seed: of the draw of people, of the order of facts, and of the method's own choices.
         settings: options of the method and of the regularizer, by name; what is left out has its default.
     """
 
-    model: str = "smollm2"
     method: str = "ssiuu"
     regularizer: str = "none"
     facts: str | None = BUILTIN
@@ -63,7 +99,7 @@ class UnlearnOptions:
     shots: int = 2
     learning_rate: float = 1e-5
     weight_decay: float = 0.0
-    engine: str = ENGINES[0]
+    engine: str = "one-backward"
     update_in_backward: bool = False
     max_steps: int = 100
     forget_batch: int = 0
@@ -73,10 +109,9 @@ class UnlearnOptions:
     evaluate_every: int = 1
     save_every: int = 10
     evaluation_facts: int = 24
-    dtype: str = "float32"
     bf16: bool = False
     gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
+    report_to: str = "none"
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,8 +132,10 @@ class UnlearnOptions:
     def check(self) -> None:
         """Raise a ValueError for what can be known to be wrong before a model is loaded.
 
-        The method and the regularizer check their own (`methods.registry.make`).
+        The method and the regularizer check their own (`pairs.make`).
         """
+        from ssiuu_kernels import ENGINES  # torch
+
         check_weights_dtype(self.dtype)
         if self.engine not in ENGINES:
             raise ValueError(f"engine={self.engine!r} is unknown; expected one of {', '.join(ENGINES)}")
@@ -113,6 +150,129 @@ class UnlearnOptions:
         check_learning_rate(self.learning_rate)
         if self.threshold is not None and math.isnan(self.threshold):
             raise ValueError("threshold=nan; no score is at or below it: expected a number")
+        _check_reporter(self.report_to)
 
 
-OPTION_NAMES = tuple(field.name for field in dataclasses.fields(UnlearnOptions) if field.name != "settings")
+@dataclass(frozen=True)
+class FinetuneOptions(ModelOptions):
+    """Options of fine-tuning on facts.
+
+    Attributes:
+        facts: source of the facts: "builtin", a .jsonl file or a datasets name.
+        steps: optimizer steps.
+        batch_size: facts per step.
+        learning_rate: of AdamW; constant.
+        shots: worked examples in the prompt, 0 to 3.
+        seed: of the order of facts.
+    """
+
+    facts: str = BUILTIN
+    steps: int = 100
+    batch_size: int = 16
+    learning_rate: float = 1e-5
+    shots: int = 0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise a ValueError for what can be known to be wrong before a model is loaded."""
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        check_learning_rate(self.learning_rate)
+        check_weights_dtype(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainingOptions:
+    """What all attacks of one grid share.
+
+    Attributes:
+        steps: optimizer steps of each attack.
+        batch_size: samples per step.
+        instructions: data of the benign attack: "builtin", a .jsonl file or a datasets name (Alpaca's schema).
+        evaluate_every: steps between evaluations.
+    """
+
+    steps: int = 30
+    batch_size: int = 8
+    instructions: str = BUILTIN
+    evaluate_every: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions(RetrainingOptions):
+    """Options of a grid of attacks: every kind, fraction, learning rate and seed.
+
+    Attributes:
+        kind: "harmful" or "benign"; give it twice for both. None takes both.
+        fraction: p of harmful attacks; give it again for more. None takes the paper's, 0.1 and 0.3.
+        learning_rate: of AdamW; give it again for more. None takes the paper's three of each kind.
+        seed: give it again for more. None takes 0.
+    """
+
+    kind: list[str] | None = None
+    fraction: list[float] | None = None
+    learning_rate: list[float] | None = None
+    seed: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class DiagnoseOptions:
+    """Options of a diagnosis.
+
+    Attributes:
+        batch_size: facts per forward and backward.
+        target: attributed quantity: "prob" (the paper), "geometric_mean_prob" or "log_prob".
+        backend: of the kernels: "auto", "reference", "triton" or "native".
+    """
+
+    batch_size: int = 8
+    target: str = "prob"
+    backend: str = "auto"
+
+    def check(self) -> None:
+        """Raise a ValueError for a batch size out of range."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}; expected at least 1")
+
+
+def replacing_sets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, in which facts take the place of forget and retain, or these that of facts.
+
+    So a source on the command line replaces the one of a file, or the default.
+    """
+    if values.get("facts") is not None:
+        return {"forget": None, "retain": None, **values}
+    if values.get("forget") is not None or values.get("retain") is not None:
+        return {"facts": None, **values}
+    return dict(values)
+
+
+def check_learning_rate(rate: float) -> None:
+    """Raise a ValueError for a learning rate that is not a positive, finite number."""
+    if not 0 < rate < math.inf:
+        raise ValueError(f"learning_rate={rate}; expected a positive number")
+
+
+def check_weights_dtype(dtype: str) -> None:
+    """Raise a ValueError for weights that cannot be trained."""
+    if dtype == "float16":
+        raise ValueError(
+            "dtype='float16' cannot be trained: AdamW's eps and second moments vanish in it; "
+            "use --dtype bfloat16, or float32 with --bf16"
+        )
+
+
+def _check_reporter(name: str) -> None:
+    if name not in REPORTERS:
+        raise ValueError(f"report_to={name!r} is unknown; expected one of {', '.join(REPORTERS)}")
+    packages = REPORTERS[name]
+    if packages and not any(map(importlib.util.find_spec, packages)):
+        raise ValueError(f"report_to={name!r} needs the package {packages[0]}; install it, or leave --report-to out")
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+OPTION_NAMES = tuple(name for name in _names(UnlearnOptions) if name != "settings")

@@ -26,24 +26,24 @@ codecs.register_error("ssiuu", _plainly)
 
 
 def write_plainly(*streams: TextIO) -> None:
-    """Let these streams write something like what their encoding lacks, such as -> for an arrow in latin-1."""
+    """Make these streams replace characters that their encoding lacks, such as an arrow in latin-1 by ->."""
     for stream in streams:
-        if hasattr(stream, "reconfigure"):  # a stream that a program put in the place of stdout may lack it
+        if hasattr(stream, "reconfigure"):  # a stream that replaces stdout may lack it
             stream.reconfigure(errors="ssiuu")
 
 
 class Job:
-    """A running bar: `advance` moves it, `say` sets what stands behind it."""
+    """A running bar: `advance` moves it, `say` sets the values after it."""
 
     def __init__(self, progress: Progress, task):
         self._progress, self._task = progress, task
 
     def advance(self, amount: float = 1) -> None:
-        """Move the bar on."""
+        """Move the bar forward."""
         self._progress.advance(self._task, amount)
 
     def say(self, **values: float) -> None:
-        """Show these values behind the bar, and for logs without a terminal as a line of their own."""
+        """Show these values after the bar, or on a line of their own where the output is not a terminal."""
         text = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
         self._progress.update(self._task, values=text)
         if not console.is_terminal:

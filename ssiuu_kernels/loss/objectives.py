@@ -13,6 +13,8 @@ from torch import Tensor
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 BETA = 0.1  # of NPO and DPO, as in Zhang et al. 2024 (arXiv 2404.05868)
+# Of SimNPO (Fan et al. 2024, arXiv 2410.07163), as in its authors' code for TOFU forget05.
+SIMPLE_BETA, SIMPLE_GAMMA = 2.5, 0.0
 
 
 def mean_token_log_prob(log_probs: Tensor, lengths: Tensor, chosen: Tensor) -> Tensor:
@@ -31,17 +33,38 @@ def gradient_difference(log_probs: Tensor, lengths: Tensor, forget: Tensor) -> T
     return gradient_ascent(log_probs, lengths, forget) - mean_token_log_prob(log_probs, lengths, ~forget)
 
 
-def negative_preference(log_probs: Tensor, lengths: Tensor, forget: Tensor, reference_log_probs: Tensor) -> Tensor:
+def negative_preference(
+    log_probs: Tensor, lengths: Tensor, forget: Tensor, reference_log_probs: Tensor, beta: float = BETA
+) -> Tensor:
     """NPO (Zhang et al. 2024): `-2/beta mean log sigmoid(-beta (s - s_reference))` over the forget samples.
 
     Retain samples, where the batch has some, add their mean-token negative log-likelihood.
     """
     growth = (log_probs - reference_log_probs)[forget]
-    loss = -2 / BETA * F.logsigmoid(-BETA * growth).sum() / forget.sum().clamp(min=1)
+    loss = -2 / beta * _mean_log_sigmoid(-beta * growth)
     return loss - mean_token_log_prob(log_probs, lengths, ~forget)
 
 
-def direct_preference(log_probs: Tensor, lengths: Tensor, forget: Tensor, reference_log_probs: Tensor) -> Tensor:
+def simple_negative_preference(
+    log_probs: Tensor,
+    lengths: Tensor,
+    forget: Tensor,
+    beta: float = SIMPLE_BETA,
+    gamma: float = SIMPLE_GAMMA,
+) -> Tensor:
+    """SimNPO (Fan et al. 2024): `-2/beta mean log sigmoid(-beta s / |y| - gamma)` over the forget samples.
+
+    Unlike NPO it needs no reference, and counts per token: `|y|` is the length of a sample's answer. Retain samples,
+    where the batch has some, add their mean-token negative log-likelihood.
+    """
+    per_token = (log_probs / lengths)[forget]
+    loss = -2 / beta * _mean_log_sigmoid(-beta * per_token - gamma)
+    return loss - mean_token_log_prob(log_probs, lengths, ~forget)
+
+
+def direct_preference(
+    log_probs: Tensor, lengths: Tensor, forget: Tensor, reference_log_probs: Tensor, beta: float = BETA
+) -> Tensor:
     """DPO: `-1/beta mean log sigmoid(beta (growth of the preferred answer - growth of the one to forget))`.
 
     The first samples that are no forget samples, as many as there are forget samples and in their order, are the
@@ -59,13 +82,22 @@ def direct_preference(log_probs: Tensor, lengths: Tensor, forget: Tensor, refere
             f"forget marks {pairs} of {len(forget)} samples, and objective 'dpo' needs a preferred answer for each of "
             f"them among the others, of which there are {len(others)}; add them in the forget samples' order"
         )
-    loss = -1 / BETA * F.logsigmoid(BETA * (growth[others[:pairs]] - growth[forget])).sum() / max(pairs, 1)
+    loss = -1 / beta * _mean_log_sigmoid(beta * (growth[others[:pairs]] - growth[forget]))
     retain = torch.zeros_like(forget)
     retain[others[pairs:]] = True
     return loss - mean_token_log_prob(log_probs, lengths, retain)
 
 
-OBJECTIVES: dict[str, Objective] = {"ga": gradient_ascent, "gd": gradient_difference}
+def _mean_log_sigmoid(values: Tensor) -> Tensor:
+    """Mean of `log sigmoid` of these values; 0 of none."""
+    return F.logsigmoid(values).sum() / max(len(values), 1)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "ga": gradient_ascent,
+    "gd": gradient_difference,
+    "simnpo": simple_negative_preference,
+}
 # They compare with the model before unlearning: a fourth argument, its log-likelihoods of the same samples.
 REFERENCED = {"npo": negative_preference, "dpo": direct_preference}
 

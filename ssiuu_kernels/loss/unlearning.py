@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +21,20 @@ from ..gradients.one_backward.graph import (
 from ..gradients.one_backward.row_weights import RowWeights
 from ..gradients.one_backward.targets import Targets
 from ..gradients.path import CHECKED, ONE_BACKWARD, PLAIN, TWO_BACKWARD, GradientPath
-from ..gradients.path import ENGINES as ENGINES  # the toolkit reads it here
 from ..gradients.two_backward import TwoBackward
-from ..log_probs import Answers, answer_log_probs, check_logits, check_target, find_answers, target_factor
+from ..log_probs import check_target
+from .batches import (
+    Batch,
+    Tensors,
+    check_gradient,
+    checked_batches,
+    log_probs_of,
+    refuse_update_in_backward,
+    target_weights,
+)
 from .neuron_level import NeuronLevel
 from .objectives import Objective, resolve_objective
 from .value import NoteScale, UnlearningLoss
-
-Tensors = Tensor | Sequence[Tensor]
 
 
 def unlearning_loss(
@@ -55,17 +60,17 @@ def unlearning_loss(
     """
     refuse_more_processes()
     compute = resolve_objective(objective, reference_log_probs)
-    batches = _checked_batches(logits, labels, segments, forget)
+    batches = checked_batches(logits, labels, segments, forget)
     lengths = torch.cat([batch.answers.lengths for batch in batches])
     if target is None:
-        _refuse_update_in_backward(model_params, frozenset(), "target=None asks for none")
-        value = compute(_log_probs(batches), lengths, forget)
+        refuse_update_in_backward(model_params, frozenset(), "target=None asks for none")
+        value = compute(log_probs_of(batches), lengths, forget)
         return _checked_value(value), GradientPath(PLAIN, "no target gradient was asked for")
     check_target(target)
     targets, samples = Targets(params), int(forget.sum())
-    _refuse_update_in_backward(model_params, targets.params.keys(), "the handle's scope leaves it out")
+    refuse_update_in_backward(model_params, targets.params.keys(), "the handle's scope leaves it out")
     for batch in batches:
-        _check_gradient(batch.logits)
+        check_gradient(batch.logits)
     reason = "engine='two-backward' was asked for"
     if engine != TWO_BACKWARD:
         names = {id(param): name for name, param in model_params.items()}
@@ -76,7 +81,7 @@ def unlearning_loss(
             if not any(param in targets for param in versions.params.values()):
                 refuse_another_model([batch.logits for batch in batches], targets)
             versions.check()
-            factor = _target_weights(torch.cat([part.log_probs for part in parts]), lengths, forget, target)
+            factor = target_weights(torch.cat([part.log_probs for part in parts]), lengths, forget, target)
             kind = CheckedBackward if engine == CHECKED else OneBackward
             backward = kind(parts, graphs, factor, samples, versions, targets)
             leaf = backward.attach()
@@ -91,8 +96,8 @@ def unlearning_loss(
     for batch in batches:
         refuse_reentrant_checkpointing(batch.logits)
     refuse_another_model([batch.logits for batch in batches], targets)
-    log_probs = _log_probs(batches)
-    factor = _target_weights(log_probs, lengths, forget, target)
+    log_probs = log_probs_of(batches)
+    factor = target_weights(log_probs, lengths, forget, target)
     backward = TwoBackward(log_probs, factor, samples, targets)
     value = _checked_value(compute(backward.attach(), lengths, forget))
     return NoteScale.apply(value, backward), GradientPath(TWO_BACKWARD, reason)
@@ -110,57 +115,14 @@ def neuron_level_loss(
 ) -> Tensor:
     """See `PatchHandle.unlearning_loss`, level "neuron"; `neurons` holds the banks."""
     compute = resolve_objective(objective, reference_log_probs)
-    batches = _checked_batches(logits, labels, None, forget)
-    log_probs, lengths = _log_probs(batches), batches[0].answers.lengths
+    batches = checked_batches(logits, labels, None, forget)
+    log_probs, lengths = log_probs_of(batches), batches[0].answers.lengths
     if target is not None:
-        _check_gradient(log_probs)
+        check_gradient(log_probs)
         _check_sample_ids(sample_ids, forget, neurons.samples)
-        weights = _target_weights(log_probs, lengths, forget, target)
+        weights = target_weights(log_probs, lengths, forget, target)
         log_probs = neurons.observe(logits, log_probs, weights, sample_ids, labels.shape[1])
     return compute(log_probs, lengths, forget)
-
-
-class _Batch(NamedTuple):
-    """What one forward saw and gave."""
-
-    logits: Tensor
-    labels: Tensor
-    segments: Tensor | None
-    answers: Answers
-
-
-def _checked_batches(logits: Tensors, labels: Tensors, segments: Tensors | None, forget: Tensor) -> list[_Batch]:
-    """The forwards that make up a loss: one, or several whose samples follow one another in `forget`."""
-    several = isinstance(logits, Sequence)
-    logits, labels = (list(given) if several else [given] for given in (logits, labels))
-    segments = [None] * len(logits) if segments is None else list(segments) if several else [segments]
-    if not len(logits) == len(labels) == len(segments) or not logits:
-        raise ValueError(
-            f"{len(logits)} logits, {len(labels)} labels and {len(segments)} segments; expected one of each per forward"
-        )
-    for part_logits, part_labels in zip(logits, labels, strict=True):
-        check_logits(part_logits, part_labels)
-    samples = sum(len(part if packed is None else packed) for part, packed in zip(labels, segments, strict=True))
-    _check_forget(forget, samples, logits[0].device)
-    return [
-        _Batch(part_logits, part_labels, packed, find_answers(part_labels, packed))
-        for part_logits, part_labels, packed in zip(logits, labels, segments, strict=True)
-    ]
-
-
-def _check_forget(forget: Tensor, samples: int, device: torch.device) -> None:
-    if not isinstance(forget, Tensor):
-        raise TypeError(f"forget is a {type(forget).__name__}; expected a bool tensor [{samples}] on {device}")
-    if forget.dtype != torch.bool or forget.shape != (samples,) or forget.device != device:
-        raise ValueError(
-            f"forget is {forget.dtype} {list(forget.shape)} on {forget.device}; expected a bool mask [{samples}] on "
-            f"{device}, true for forget samples"
-        )
-
-
-def _check_gradient(logits: Tensor) -> None:
-    if not logits.requires_grad:
-        raise ValueError("logits carry no gradient; call the model with gradients on and trainable parameters")
 
 
 def _checked_value(value: Tensor) -> Tensor:
@@ -173,36 +135,12 @@ def _checked_value(value: Tensor) -> Tensor:
     return value
 
 
-def _refuse_update_in_backward(model_params: Mapping[str, nn.Parameter], targets: Collection[int], why: str) -> None:
-    """A parameter that is updated in its backward needs both gradients there."""
-    for name, param in model_params.items():
-        if id(param) not in targets and getattr(param, "updated_in_backward", False):
-            raise ValueError(
-                f"{name} is updated in backward and would get no target_grad: {why}; patch with scope='all' and give "
-                "a target, or leave the parameter to an optimizer without update_in_backward"
-            )
-
-
-def _log_probs(batches: Sequence[_Batch]) -> Tensor:
-    """Of all samples, `[N]`, with the model's graph."""
-    found = []
-    for batch in batches:
-        rows = batch.logits.flatten(0, 1).index_select(0, batch.answers.rows)
-        found.append(answer_log_probs(rows, batch.answers))
-    return torch.cat(found)
-
-
-def _parts(batches: Sequence[_Batch], forget: Tensor) -> list[Part]:
+def _parts(batches: Sequence[Batch], forget: Tensor) -> list[Part]:
     forgotten = forget.split([len(batch.answers.lengths) for batch in batches])
     return [
         Part(batch.logits, RowWeights(batch.labels, batch.segments, batch.answers, chosen.tolist()))
         for batch, chosen in zip(batches, forgotten, strict=True)
     ]
-
-
-def _target_weights(log_probs: Tensor, lengths: Tensor, forget: Tensor, target: str) -> Tensor:
-    """`d target_b / d s_b` of the forget samples, 0 for the others; `[B]`."""
-    return target_factor(log_probs, lengths, target) * forget
 
 
 def _check_sample_ids(sample_ids: Tensor | None, forget: Tensor, samples: int) -> None:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from ..attribution.attribute import Attribution
 from ..gradients.one_backward.installed import RowForwards
 from ..gradients.path import GradientPath
+from ..loss.batches import Tensors
 from ..loss.neuron_level import NeuronLevel
 from ..loss.objectives import Objective
-from ..loss.unlearning import Tensors, neuron_level_loss, unlearning_loss
+from ..loss.target_term import target_term
+from ..loss.unlearning import neuron_level_loss, unlearning_loss
 from ..modules.patched_mlp import PatchedMlp
 from ..modules.recognise import Mlp
 from ..ops import NeuronScores
@@ -187,6 +189,39 @@ class PatchHandle:
             model_params=dict(self._model.named_parameters()),
         )  # fmt: skip
         return value
+
+    def target_term(
+        self, logits: Tensors, labels: Tensors, forget: Tensor, target: str = "prob", segments: Tensors | None = None
+    ) -> Tensor:
+        """A term of value 0 that puts the penalty's gradient on any loss: `loss = mine + handle.target_term(...)`.
+
+        Its backward adds `sum_b d target_b` over the forget samples to `param.target_grad`, and nothing to
+        `param.grad`. Multiplying the loss scales `dL` alone. The loss may be anything, made before or after the term;
+        it costs a second backward, over what is under the logits. A loss of this handle needs no term:
+        `unlearning_loss` makes both gradients in one backward.
+
+        Args:
+            logits, labels, forget, target, segments: as in `unlearning_loss`.
+
+        Returns:
+            0-dim tensor on the logits' device; add it to the loss once.
+
+        Raises:
+            TypeError, ValueError: as `unlearning_loss`; level "neuron"; a forward that ran in another thread; weights
+                that are updated in backward on several devices.
+            RuntimeError: from `backward`: a second one, or parts that were compiled before the model was patched.
+        """
+        self._check_patched()
+        if self.neurons is not None:
+            raise ValueError(
+                "level='neuron' has no target gradient, so no term can fill it; patch with level='parameter', or use "
+                "unlearning_loss"
+            )
+        params, model_params = self._target_params(), dict(self._model.named_parameters())
+        term, self.gradient_path = target_term(
+            logits, labels, forget, params=params, target=target, segments=segments, model_params=model_params
+        )
+        return term
 
     def _check_patched(self) -> None:
         if not self._is_patched:

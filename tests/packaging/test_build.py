@@ -116,7 +116,7 @@ def test_wheel_says_that_its_packages_are_typed(wheel, package):
 
 def test_wheel_installs_the_command(wheel):
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-    assert "ssiuu = ssiuu.cli:app" in wheel.read(entry_points).decode()
+    assert "ssiuu = ssiuu.cli:main" in wheel.read(entry_points).decode()
 
 
 def test_installed_command_describes_the_machine(site, tmp_path):

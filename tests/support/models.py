@@ -1,5 +1,7 @@
 """Tiny random models of the families that are supported, and batches for them."""
 
+import copy
+
 import torch
 import transformers
 
@@ -110,6 +112,14 @@ def tiny_model(family="llama", dtype=torch.float32, **changes):
     attention = "eager" if family in EAGER_ATTENTION else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.train()
+
+
+def other_weights(model):
+    """A copy whose weights differ, as after some training."""
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.mul_(1 + 0.3 * torch.randn_like(parameter))
+    return other
 
 
 def tiny_batch(padding="right", samples=4, length=11):

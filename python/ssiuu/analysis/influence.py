@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import ssiuu_kernels as sk
 from ssiuu_kernels import NeuronScores
-
-from ..data.facts import Fact
-from ..data.prompts import PromptFormat
-from ..models.load import load_model, position_limit
-from ..progress import job
-from ..runs.folder import Run
 
 KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 TOP = 100  # neurons in the reported sums, as in the paper
@@ -63,87 +53,20 @@ def influence_variation(before: NeuronScores, after: NeuronScores) -> Variation:
             f"before and after have shapes {list(before.max.shape)} and {list(after.max.shape)}; "
             "expected the same [..., B, width] with at least one sample"
         )
-    return _variation(_mean_influence(before), _mean_influence(after))
+    return _variation(mean_influence(before), mean_influence(after))
 
 
-def _mean_influence(scores: NeuronScores) -> Influence:
+def mean_influence(scores: NeuronScores) -> Influence:
+    """Means over the samples of attribution `[..., B, width]`."""
     largest, smallest = scores.max.double(), scores.min.double()
     return Influence(largest.mean(-2), largest.clamp(min=0).mean(-2), smallest.mean(-2))
 
 
 def _variation(before: Influence, after: Influence) -> Variation:
-    # The mean is linear, so the means over samples are all that has to be kept of either model.
+    # The mean is linear, so only the means over samples have to be kept of either model.
     d_plus = (before.max - after.positive_max).clamp(min=0)
     d_minus = (before.min - after.min).clamp(min=0)
     return Variation(d_plus.float(), d_minus.float())
-
-
-def measure_influence(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    *,
-    target: str = "prob",
-    backend: str = "auto",
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Influence]:
-    """The influence of every neuron of Q, K, V (or QKV), O, gate, up and down over a set of samples, batch by batch.
-
-    Memory is one batch's attribution and three vectors a module, whatever the number of samples.
-
-    Args:
-        model: a Hugging Face causal language model, not patched; it is run in eval mode, and left so.
-        batches: as for `PatchHandle.attribute`: input_ids, labels, attention_mask, each `[B, S]`, on any device.
-        target: the quantity attributed; the paper's is "prob".
-        backend: backend of the kernels.
-        progress: called after every batch with its number of samples.
-
-    Returns:
-        kind -> `Influence` of `[layers, width]` on the CPU, for the kinds that the model has.
-
-    Raises:
-        ValueError: no batches, a model without MLPs that `patch` knows or with layers of different widths, or
-            attribution that is not finite.
-    """
-    totals: dict[tuple[str, str], Influence] = {}
-    samples = 0
-    model.eval()
-    with sk.patch(model, scope="all", backend=backend, strict=True) as handle:
-        for batch in batches:
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            size = len(batch["labels"])
-            for name, kinds in handle.attribute(batch, target=target).items():
-                for kind, scores in _reported(kinds).items():
-                    part = Influence(*(mean * size for mean in _mean_influence(scores)))
-                    old = totals.get((name, kind))
-                    totals[name, kind] = part if old is None else Influence(*map(torch.add, old, part))
-            samples += size
-            if progress is not None:
-                progress(size)
-    if samples == 0:
-        raise ValueError("batches is empty; expected at least one batch of forget samples")
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    layers: dict[str, list[Influence]] = {}
-    for name, kind in sorted(totals, key=lambda key: order[key[0]]):
-        means = Influence(*(total.cpu() / samples for total in totals[name, kind]))
-        layers.setdefault(kind, []).append(means)
-    return {kind: _stack(kind, layers[kind]) for kind in KINDS if kind in layers}
-
-
-def _reported(kinds: Mapping[str, NeuronScores]) -> dict[str, NeuronScores]:
-    """The kinds of a module without "h", whose scores are those of a gated MLP's up: `up * dup = h * dh`."""
-    found = dict(kinds)
-    h = found.pop("h", None)
-    return found if h is None else {"up": h, **found}
-
-
-def _stack(kind: str, layers: list[Influence]) -> Influence:
-    widths = {layer.max.numel() for layer in layers}
-    if len(widths) > 1:
-        raise ValueError(f"{kind} has layers of widths {sorted(widths)}; expected layers of one width")
-    stacked = Influence(*map(torch.stack, zip(*layers, strict=True)))
-    if not all(part.isfinite().all() for part in stacked):
-        raise ValueError(f"attribution of {kind} is not finite; expected a model whose probabilities are numbers")
-    return stacked
 
 
 def variation_by_kind(before: Mapping[str, Influence], after: Mapping[str, Influence]) -> dict[str, Variation]:
@@ -181,86 +104,3 @@ def summarise(variations: Mapping[str, Variation], top: int = TOP) -> dict:
         for kind, x in scores.items():
             by_kind[kind][name] = largest(x.flatten()).sum().item()
     return {"top": top, "sum": sums, "sum_by_kind": by_kind, "mean_top": means}
-
-
-def diagnose_run(run_dir: str | Path, **options) -> dict:
-    """Diagnose one run; see `diagnose_runs`."""
-    return diagnose_runs([run_dir], **options)[0]
-
-
-def diagnose_runs(
-    run_dirs: Iterable[str | Path],
-    *,
-    batch_size: int = 8,
-    target: str = "prob",
-    backend: str = "auto",
-) -> list[dict]:
-    """Influence variation over the forget set of finished runs; writes diagnosis.json and diagnosis.safetensors.
-
-    One model is in memory at a time, and runs that share a base model and a forget set share its attribution.
-
-    Args:
-        run_dirs: run folders.
-        batch_size: samples a forward and backward.
-        target: as in `measure_influence`.
-        backend: backend of the kernels.
-
-    Returns:
-        What was written to each diagnosis.json: `summarise`, "samples", "target", and "seconds" {"before", "after"}.
-
-    Raises:
-        ValueError: a folder without a finished run, or one that another process diagnoses; batch_size below 1, an
-            unknown target or backend, or see `measure_influence`.
-        OSError: a run folder that cannot be written to, before any work.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; expected at least 1")
-    runs = [Run.open(path) for path in run_dirs]
-    samples = [_Samples.of(run) for run in runs]
-    summaries, originals = [], {}
-    with ExitStack() as held, job("diagnose", sum(len(s.facts) for s in [*samples, *set(samples)])) as bar:
-        for run in dict.fromkeys(run.path.resolve() for run in runs):
-            held.enter_context(Run(run).work("diagnose"))
-        for run, sample in zip(runs, samples, strict=True):
-            if sample not in originals:
-                originals[sample] = sample.measure(sample.model, batch_size, target, backend, bar.advance)
-            before, seconds_before = originals[sample]
-            after, seconds = sample.measure(run.model, batch_size, target, backend, bar.advance)
-            variations = variation_by_kind(before, after)
-            summary = summarise(variations) | {
-                "samples": len(sample.facts),
-                "target": target,
-                "seconds": {"before": seconds_before, "after": seconds},
-            }
-            tensors = {f"{name}.{kind}": getattr(v, name) for kind, v in variations.items() for name in v._fields}
-            run.write_diagnosis(summary, tensors)
-            summaries.append(summary)
-    return summaries
-
-
-class _Samples(NamedTuple):
-    """A run's forget samples, and all that the attribution of its original model depends on."""
-
-    model: str
-    dtype: str
-    trust_remote_code: bool
-    shots: int
-    facts: tuple[Fact, ...]
-
-    @classmethod
-    def of(cls, run: Run) -> _Samples:
-        config = run.read("config.json")
-        trust = config.get("trust_remote_code", False)
-        return cls(config["model"], config["dtype"], trust, config["shots"], tuple(run.split().forget))
-
-    def measure(
-        self, name: str | Path, batch_size: int, target: str, backend: str, progress: Callable[[int], None]
-    ) -> tuple[dict[str, Influence], float]:
-        """Influence in the model of this name, and the seconds that it took, loading aside."""
-        model, tokenizer = load_model(name, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        prompts = PromptFormat(tokenizer, self.shots, position_limit(model))
-        encoded = prompts.encode_facts(self.facts)
-        batches = (prompts.collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size))
-        start = time.perf_counter()
-        found = measure_influence(model, batches, target=target, backend=backend, progress=progress)
-        return found, time.perf_counter() - start

@@ -11,16 +11,21 @@ from typing import TypeVar
 
 from rich.markup import escape
 
-from ..analysis.influence import diagnose_runs
-from ..data.facts import BUILTIN, Fact, Split, by_subject, check_split, load_facts
+from ..attacks.retraining import Attack
+from ..data.facts import Fact, Split, by_subject, check_split, load_facts
 from ..data.prompts import PromptFormat
-from ..evaluation.likelihood import known_facts, score_facts
-from ..models.load import PACKAGED, load_model, position_limit
-from ..options import UnlearnOptions
+from ..data.sources import BUILTIN
+from ..evaluation.known import known_facts
+from ..evaluation.likelihood import score_facts
+from ..models.load import load_model, position_limit
+from ..models.smollm2 import PACKAGED
+from ..options import DiagnoseOptions, UnlearnOptions
 from ..progress import console, job
-from ..report.page import summary_table, write_report
+from ..report.page import write_report
+from ..report.table import summary_table
 from ..runs.folder import COMPLETE, Run
-from .attack import Attack, attack_run
+from .attack import attack_run
+from .diagnose import diagnose_runs
 from .unlearn import unlearn
 
 METHODS = ("gd", "ssiuu")
@@ -28,10 +33,10 @@ REPORT = "report"
 
 # What fits into minutes on two cores, and still shows something. One worked example: without it the model gives its
 # answers probabilities near 1e-4, and each further one costs tokens in every step. The geometric mean probability as
-# target, and the share: see "The demonstration" in the README.
+# target, and the share: see docs/demonstration.md.
 SHOTS = 1
 CANDIDATE_PEOPLE, MIN_PROBABILITY, CERTAIN = 60, 0.15, 0.8
-FORGET_PEOPLE, FACTS_A_PERSON, RETAIN_PEOPLE, RETAIN_FACTS, TEST_FACTS = 9, 1, 16, 24, 24
+FORGET_PEOPLE, FACTS_PER_PERSON, RETAIN_PEOPLE, RETAIN_FACTS, TEST_FACTS = 9, 1, 16, 24, 24
 OPTIONS = UnlearnOptions(
     shots=SHOTS,
     learning_rate=1e-5,
@@ -45,13 +50,13 @@ ATTACKS = (
     Attack("benign", None, 1e-5, steps=15, batch_size=4, evaluate_every=5),
 )
 # In P(answer) itself, as in the paper, an unlearned model's attributions vanish with P; its logarithm keeps them.
-DIAGNOSIS_TARGET = "log_prob"
+DIAGNOSIS = DiagnoseOptions(target="log_prob")
 
 Result = TypeVar("Result")
 
 
 def run_demo(out_dir: str | Path, *, seed: int = 0, model: str = PACKAGED, options: UnlearnOptions = OPTIONS) -> Path:
-    """Run the demonstration and print its table. What an interrupted one finished is not done again.
+    """Run the demonstration and print its table. Steps that an interrupted demonstration finished are not repeated.
 
     Args:
         out_dir: receives gd/, ssiuu/ (run folders) and report/.
@@ -63,11 +68,11 @@ def run_demo(out_dir: str | Path, *, seed: int = 0, model: str = PACKAGED, optio
         Path of report.html.
 
     Raises:
-        ValueError: the folder holds something else, or the model knows too few facts.
+        ValueError: a folder with other contents, or a model that knows too few facts.
     """
     out = Path(out_dir)
     if out.exists() and not {path.name for path in out.iterdir()} <= {*METHODS, REPORT}:
-        raise ValueError(f"{out} exists and holds no demonstration; choose another folder with --out")
+        raise ValueError(f"{out} is not a demo folder; choose another with --out")
     started = time.perf_counter()
 
     def phase(title: str, work: Callable[[], Result]) -> Result:
@@ -84,7 +89,7 @@ def run_demo(out_dir: str | Path, *, seed: int = 0, model: str = PACKAGED, optio
     for run in runs:
         phase(f"Attack {run.path.name.upper()}", lambda run=run: attack_run(run.path, ATTACKS))
     folders = [run.path for run in runs]
-    phase("Diagnose", lambda: diagnose_runs(folders, target=DIAGNOSIS_TARGET))
+    phase("Diagnose", lambda: diagnose_runs(folders, DIAGNOSIS))
     page = phase("Report", lambda: write_report(folders, out / REPORT))
     console.print(summary_table(folders))
     console.print(f"\n{time.perf_counter() - started:.0f} seconds. Report: {page}", markup=False)
@@ -107,11 +112,11 @@ def _split(out: Path, model: str, shots: int, seed: int) -> Split:
 
 
 def choose_known(known: list[Fact], certain: list[Fact]) -> Split:
-    """Forget the people of whom most is known, some facts each; keep the next; the rest is the test set.
+    """Forget some facts of the people that the model knows best, keep the next people; the rest are the test set.
 
-    Two kinds of facts are passed over in the forget set. Those whose answer is that of another known fact: to forget
-    that one man was born in Germany while learning that another was says little of either. And the certain ones: the
-    gradient of log P vanishes as P nears 1, so that they take more steps than there is time for.
+    The forget set leaves out two kinds of facts. Those that share their answer with another known fact: forgetting that
+    one man was born in Germany while learning that another was says little about either. And certain facts: the
+    gradient of log P vanishes as P nears 1, so they take more steps than there is time for.
 
     Args:
         known: facts that the model answers, surest first.
@@ -126,12 +131,12 @@ def choose_known(known: list[Fact], certain: list[Fact]) -> Split:
         for name, facts in by_subject(known).items()
     }
     names = sorted(people, key=lambda name: len(people[name]), reverse=True)
-    if len(names) < FORGET_PEOPLE + RETAIN_PEOPLE + 1 or len(people[names[FORGET_PEOPLE - 1]]) < FACTS_A_PERSON:
+    if len(names) < FORGET_PEOPLE + RETAIN_PEOPLE + 1 or len(people[names[FORGET_PEOPLE - 1]]) < FACTS_PER_PERSON:
         raise ValueError(
             f"the model knows too few facts ({len(known)} about {len(names)} people) for the demonstration; "
             "use a model that knows more"
         )
-    forget = [fact for name in names[:FORGET_PEOPLE] for fact in people[name][:FACTS_A_PERSON]]
+    forget = [fact for name in names[:FORGET_PEOPLE] for fact in people[name][:FACTS_PER_PERSON]]
     kept = set(names[FORGET_PEOPLE : FORGET_PEOPLE + RETAIN_PEOPLE])
     retain = [fact for fact in known if fact.subject in kept][:RETAIN_FACTS]
     test = [fact for fact in known if fact.subject in names[FORGET_PEOPLE + RETAIN_PEOPLE :]][:TEST_FACTS]

@@ -1,102 +1,58 @@
-"""Plain fine-tuning: facts into a model (TOFU's first step), and the loop that the attacks share."""
+"""Plain fine-tuning: facts into a model, TOFU's first step."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from transformers import PreTrainedModel, set_seed
-
-from ..data.facts import BUILTIN, Split, load_facts
-from ..data.prompts import Encoded, PromptFormat
+from ..data.facts import Split, load_facts
+from ..data.prompts import PromptFormat
 from ..evaluation.sets import evaluate_split
 from ..models.load import load_model, position_limit
+from ..options import FinetuneOptions
 from ..progress import job
 from ..runs.folder import Run
-from ..training.optimizers import check_learning_rate, check_weights_dtype
-from ..training.schedule import Part, Schedule
 from ..training.step_log import StepRecord
-from ..training.trainer import RecordedTrainer, refuse_launchers, training_arguments
+from ..training.supervised import train_on
+from ..training.trainer import refuse_launchers
 
 logger = logging.getLogger(__name__)
 
 
-def train_on(
-    model: PreTrainedModel,
-    prompts: PromptFormat,
-    samples: Sequence[Encoded],
-    *,
-    learning_rate: float,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    record: StepRecord,
-) -> None:
-    """Train on the answers of `samples` with AdamW at a constant learning rate; nothing is saved.
-
-    Args:
-        samples: what to train on; `batch_size` of them a step, or all where there are fewer.
-        record: receives every step.
-
-    Raises:
-        DivergedError: a loss or gradient that is not finite.
-    """
-    set_seed(seed)
-    schedule = Schedule([Part(samples, min(batch_size, len(samples)), False)], steps, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(Path(folder), learning_rate=learning_rate, max_steps=steps, seed=seed)
-        RecordedTrainer(model, arguments, schedule, prompts, record).train()
-
-
-def finetune(
-    run_dir: str | Path,
-    *,
-    model: str = "smollm2",
-    facts: str = BUILTIN,
-    steps: int = 100,
-    batch_size: int = 16,
-    learning_rate: float = 1e-5,
-    shots: int = 0,
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-    seed: int = 0,
-) -> Run:
+def finetune(options: FinetuneOptions, run_dir: str | Path) -> Run:
     """Teach a model the facts of a file, and keep it in a run folder (`model/` can then be unlearned from).
 
-    Each answer ends with the tokenizer's end token, so that the model learns where to stop. A run that was broken off
-    is begun again in its folder.
+    Each answer ends with the tokenizer's end token, so that the model learns where to stop. An interrupted run starts
+    again in its folder.
+
+    Args:
+        options: see `FinetuneOptions`.
+        run_dir: a new or an empty folder, or the one of an interrupted run.
 
     Raises:
-        ValueError: a folder that holds something else, or in which another process is at work; malformed facts, facts
+        ValueError: a folder with other contents, or in which another process is at work; malformed facts, facts
             that do not fit the model, numbers out of range.
         OSError: a folder that cannot be written to, before any model is loaded; a full disk.
         DivergedError: a loss or gradient that is not finite.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value}; expected at least 1")
-    check_learning_rate(learning_rate)
-    check_weights_dtype(dtype)
+    options.check()
     refuse_launchers()
-    known = load_facts(facts)
-    config = {
-        "method": "finetune", "model": model, "facts": facts, "max_steps": steps, "batch_size": batch_size,
-        "learning_rate": learning_rate, "shots": shots, "dtype": dtype, "trust_remote_code": trust_remote_code,
-        "seed": seed,
-    }  # fmt: skip
+    known = load_facts(options.facts)
+    config = {"method": "finetune", **asdict(options)}
     with Run.claim(run_dir, config, resume=False) as run:
-        net, tokenizer = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        prompts = PromptFormat(tokenizer, shots, position_limit(net))
+        model, tokenizer = load_model(options.model, **options.loading())
+        prompts = PromptFormat(tokenizer, options.shots, position_limit(model))
         samples = prompts.encode_facts(known, end=True)
         prompts.encode_options(known)  # refuses what does not fit the model, before anything is written
         if tokenizer.eos_token_id is None:
-            logger.warning("the tokenizer of %s has no end token; the model will not learn where answers end", model)
+            logger.warning(
+                "the tokenizer of %s has no end token; the model will not learn where answers end", options.model
+            )
         run.start(config)
         everything = Split([], known, [])
-        before = evaluate_split(net, prompts, everything, name="score before")
-        with job("finetune", steps) as bar:
+        before = evaluate_split(model, prompts, everything, name="score before")
+        with job("finetune", options.steps) as bar:
 
             def write(line: dict) -> None:
                 run.append_metrics(line)
@@ -104,12 +60,12 @@ def finetune(
                 bar.say(loss=line["loss"])
 
             train_on(
-                net, prompts, samples, learning_rate=learning_rate, steps=steps, batch_size=batch_size, seed=seed,
-                record=StepRecord(write, lambda _: {}, steps),
+                model, prompts, samples, learning_rate=options.learning_rate, steps=options.steps,
+                batch_size=options.batch_size, seed=options.seed, record=StepRecord(write, lambda _: {}, options.steps),
             )  # fmt: skip
-        after = evaluate_split(net, prompts, everything, name="score after")
+        after = evaluate_split(model, prompts, everything, name="score after")
         run.write("evaluation.json", {"before": before, "after": after})
-        net.save_pretrained(run.model)
+        model.save_pretrained(run.model)
         tokenizer.save_pretrained(run.model)
         run.finish()
         return run

@@ -15,16 +15,17 @@ import ssiuu_kernels as sk
 
 from ..data.facts import Fact, Split, all_have_options, check_split, load_facts, split_by_subject
 from ..data.prompts import Encoded, PromptFormat
-from ..evaluation.likelihood import chance, known_facts, score_facts
+from ..evaluation.known import known_facts
+from ..evaluation.likelihood import chance, score_facts
 from ..evaluation.sets import evaluate_split, named_means
 from ..methods.base import Method, UnlearnData
-from ..methods.registry import all_options, make
 from ..models.load import load_model, position_limit
+from ..optimizers import OptimizerOptions
 from ..options import UnlearnOptions
+from ..pairs import all_options, make
 from ..progress import job
 from ..regularizers.base import Regularizer
 from ..runs.folder import Run
-from ..training.optimizers import OptimizerOptions
 from ..training.schedule import Part, Schedule
 from ..training.step_log import StepRecord
 from ..training.trainer import refuse_launchers, training_arguments
@@ -62,7 +63,7 @@ def unlearn(
     config = _config(options, regularizer)
     with Run.claim(run_dir, config, resume) as run:
         set_seed(options.seed)
-        model, tokenizer = load_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+        model, tokenizer = load_model(options.model, **options.loading())
         prompts = PromptFormat(tokenizer, options.shots, position_limit(model))
         if resume and (run.path / "split.json").is_file():
             chosen = run.split()
@@ -168,6 +169,7 @@ def _train(
         bf16=options.bf16,
         gradient_checkpointing=options.gradient_checkpointing,
         weight_decay=options.weight_decay,
+        report_to=options.report_to,
     )
     checkpoint, done = run.rewind()
     last = run.last_metrics()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
-import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+from .sources import check_text, read_rows
 from .words import words
-
-BUILTIN = "builtin"
-PACKED = {"gzip": b"\x1f\x8b", "zip": b"PK\x03\x04", "parquet": b"PAR1", "zstandard": b"\x28\xb5\x2f\xfd"}
 
 
 @dataclass(frozen=True)
@@ -74,69 +69,6 @@ def load_facts(source: str | Path) -> list[Fact]:
     return facts
 
 
-def read_rows(source: str | Path, embedded: str) -> Iterable[tuple[str, object]]:
-    """(where it stands, row) of a file or a dataset; `embedded` is the package's file that "builtin" means.
-
-    A file is JSON Lines, or one JSON array.
-    """
-    if source == BUILTIN:
-        return _parse((resources.files("ssiuu") / "data" / "builtin" / embedded).read_bytes(), embedded)
-    path = Path(source)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected a .jsonl file in it, a datasets name or 'builtin'")
-    if path.suffix in (".jsonl", ".json") or path.exists():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; expected a .jsonl file, a datasets name or 'builtin'")
-        return _parse(path.read_bytes(), str(path))
-    return _read_dataset(str(source))
-
-
-def _parse(content: bytes, name: str) -> Iterable[tuple[str, object]]:
-    for kind, magic in PACKED.items():
-        if content.startswith(magic):
-            raise ValueError(f"{name} is a {kind} file; expected JSON Lines as UTF-8 text: convert it first")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    return _parse_array(text, name) if text.lstrip().startswith("[") else _parse_lines(text, name)
-
-
-def _parse_array(text: str, name: str) -> Iterable[tuple[str, object]]:
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} begins with '[' and is not a JSON array: {error}; expected JSON Lines") from None
-    return [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def _parse_lines(text: str, name: str) -> Iterable[tuple[str, object]]:
-    # splitlines() breaks at U+2028 too, which JSON allows within a text. Blank lines at the end are nothing.
-    for number, line in enumerate(text.rstrip().split("\n") if text.strip() else [], 1):
-        where = f"{name}, line {number}"
-        if not line.strip():
-            raise ValueError(f"{where} is empty; expected one JSON object a line")
-        try:
-            yield where, json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}; expected one JSON object a line") from None
-
-
-def _read_dataset(source: str) -> Iterable[tuple[str, object]]:
-    import datasets  # takes seconds to import, and most runs read no hub
-
-    name, _, configuration = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, configuration or None, split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"{source} could not be loaded: {textwrap.shorten(str(error), 300)}; "
-            "expected a .jsonl file, a datasets name or 'builtin'"
-        ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{source}, row {number}", row
-
-
 def _as_fact(row: object, where: str) -> Fact:
     if not isinstance(row, dict):
         raise ValueError(f"{where} is a {type(row).__name__}; expected an object with question and answer")
@@ -159,19 +91,6 @@ def _as_fact(row: object, where: str) -> Fact:
     if subject is not None:
         check_text(subject, "subject", where)
     return Fact(row["question"], row["answer"], tuple(options), subject)
-
-
-def check_text(value: object, field: str, where: str) -> None:
-    """Raise a ValueError that names the place unless `value` is a text that a tokenizer can read."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}, field {field!r} is {value!r}; expected a text that is not empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}, field {field!r} has half of a surrogate pair at character {error.start + 1} ({value!a}); "
-            "expected whole characters: write the data again from its source"
-        ) from None
 
 
 def _bare(text: str) -> str:

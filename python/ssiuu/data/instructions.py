@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from .facts import check_text, read_rows
+from .sources import check_text, read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -32,13 +32,13 @@ class PromptFormat:
     """The question format `Question: ...\\nAnswer: ...`, after `shots` worked examples.
 
     Tokens are those of the whole text, examples and answer included, cut where the prompt ends: tokenizers treat the
-    start of a text and the seam of two texts differently from the middle of one. What a tokenizer puts at the end of
-    texts is left out.
+    start of a text and the seam of two texts differently from the middle of one. The end tokens that a
+    tokenizer adds are left out.
 
     Args:
         tokenizer: of the model.
         shots: number of worked examples, 0 to 3. Small models answer far more surely with some than with none.
-        longest: tokens that the model has positions for (`models.position_limit`); None where there is no limit.
+        longest: tokens that the model has positions for (`models.load.position_limit`); None where there is no limit.
 
     Raises:
         ValueError: shots out of range.
@@ -84,7 +84,7 @@ class PromptFormat:
         return self.encode_texts([(prompt, answer)])[0]
 
     def encode_texts(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-        """`encode_text` of many. A token that holds any of the answer belongs to the answer.
+        """`encode_text` of many. A token with any character of the answer belongs to the answer.
 
         Raises:
             ValueError: a prompt or an answer without a token, or more tokens than the model has positions for.
@@ -107,8 +107,8 @@ class PromptFormat:
         """Token ids of each text, and where in the text each of them ends.
 
         Args:
-            cuts: where in each text a prompt ends; a tokenizer that does not say where tokens end is asked about the
-                prompt alone.
+            cuts: where in each text a prompt ends; where a tokenizer does not say where its tokens end, the prompt is
+                tokenized alone.
         """
         if not texts:
             return []
@@ -143,8 +143,8 @@ class PromptFormat:
             length = len(sample.prompt) + len(sample.answer)
             if self.longest is not None and length > self.longest:
                 raise ValueError(
-                    f"{text[-80:]!r} has {length} tokens with its examples, the model positions for {self.longest}; "
-                    "use fewer --shots, or leave this row out"
+                    f"{text[-80:]!r} has {length} tokens with its examples, more than the model's {self.longest} "
+                    "positions; use fewer --shots, or leave this row out"
                 )
 
     def collate(self, samples: Sequence[Encoded], side: str = "right") -> dict[str, Tensor]:

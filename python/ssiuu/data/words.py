@@ -11,12 +11,12 @@ _WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-# A number or a compound goes on behind these: "1.5" is not "1", and "Guinea-Bissau" is not "Guinea".
+# A number or a compound goes on after these: "1.5" is not "1", and "Guinea-Bissau" is not "Guinea".
 _NUMBER_GOES_ON, _COMPOUND_GOES_ON = re.compile(r"[.,:/]\d"), re.compile(r"[-\u2010\u2011]\w")
 
 
 def normal(text: str) -> str:
-    """A text whose letter case and way of composing accents say nothing."""
+    """The text in one letter case, with its accents composed (NFC)."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
@@ -30,13 +30,13 @@ def _spaced(char: str) -> str:
     if _WITHOUT_SPACES.match(char):
         return f" {char} "
     category = unicodedata.category(char)
-    if category == "Cf":  # soft hyphens, joiners and marks of direction stand within words
+    if category == "Cf":  # soft hyphens, joiners and marks of direction are within words
         return ""
     return char if category[0] in "LMN" else " "
 
 
 def begins_with(text: str, start: str) -> bool:
-    """Whether `text` begins with `start` and goes on with another word, if at all; letter case aside."""
+    """Whether `text` begins with `start`, in any letter case, and what follows, if anything, is another word."""
     text, start = normal(text), normal(start)
     rest = text[len(start) :]
     return (
@@ -53,7 +53,7 @@ def chosen_option(answer: str, options: Iterable[str]) -> str | None:
 
 
 class WordTokenizer:
-    """`words` for `rouge_score`, with its stems of ASCII words: plain ASCII text keeps its scores."""
+    """`words` for `rouge_score`, with its stems of ASCII words: plain ASCII text scores as with its own tokenizer."""
 
     def __init__(self):
         from nltk.stem.porter import PorterStemmer  # comes with rouge_score

@@ -1,4 +1,4 @@
-"""Greedy continuations, whatever a model's own generation config asks for."""
+"""Greedy generation, whatever a model's own generation config asks for, and the accuracy of choices it writes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
+from ..data.facts import Fact, all_have_options
 from ..data.prompts import PromptFormat
+from ..data.words import chosen_option
+from .mode import eval_mode
 
 NEW_TOKENS = 48  # at least; see `room_for`
+CHOICE_TOKENS = 12  # at least, for a choice that is written
 BATCH = 32
 
 
 def room_for(answers: Sequence[Sequence[int]], least: int = NEW_TOKENS) -> int:
-    """New tokens in which a model can write answers of these tokens in words of its own: half as many again."""
+    """New tokens that leave room for these answers in the model's own words: half as many again as the longest has."""
     return max(least, max(map(len, answers)) * 3 // 2)
 
 
@@ -62,12 +66,31 @@ def generate(
     return answers
 
 
+def generation_accuracy(model: PreTrainedModel, prompts: PromptFormat, facts: Sequence[Fact]) -> float:
+    """Share of facts that the model answers when the prompt lists the options and the model writes its choice.
+
+    The options are in alphabetical order, which does not reveal the true one. A choice is the longest option that the
+    answer begins with, as whole words and in any letter case.
+
+    Raises:
+        ValueError: a fact without options.
+    """
+    if not all_have_options(facts):
+        raise ValueError("facts without false_options cannot be asked as a choice; use score_facts (ROUGE-L recall)")
+    texts = [prompts.question(f"{fact.question} ({', '.join(sorted(fact.options))})") for fact in facts]
+    room = room_for([sample.answer for sample in prompts.encode_options(facts)], CHOICE_TOKENS)
+    with eval_mode(model):
+        answers = generate(model, prompts, texts, new_tokens=room)
+    right = [chosen_option(a, fact.options) == fact.answer for a, fact in zip(answers, facts, strict=True)]
+    return sum(right) / len(right)
+
+
 @contextmanager
 def _own_generation_config(model: PreTrainedModel, prompts: PromptFormat, room: int) -> Iterator[GenerationConfig]:
-    """A greedy config that keeps nothing of the model's but its end tokens.
+    """A greedy config that keeps only the end tokens of the model's own.
 
-    `generate` fills what a config leaves open (repetition_penalty, num_beams, ...) from the model's, so the model's is
-    put aside.
+    `generate` fills what a config leaves open (repetition_penalty, num_beams, ...) from the model's own config, so this
+    one replaces it meanwhile.
     """
     kept = model.generation_config
     ends = set()
@@ -98,7 +121,7 @@ class _FirstLineEnds(StoppingCriteria):
 
 
 def _first_line(text: str) -> str:
-    """The same whether or not anything was written behind the line break."""
+    """The first line that is not empty; the same whether or not text follows its line break."""
     return text.lstrip().split("\n")[0].rstrip()
 
 

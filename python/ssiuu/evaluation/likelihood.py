@@ -1,16 +1,14 @@
-"""How much of a set of facts a model still answers: by choice among options, by probability, by generation."""
+"""How much of a set of facts a model still answers: choice among options, probability, margin."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -18,10 +16,9 @@ from ssiuu_kernels import sequence_log_probs
 
 from ..data.facts import Fact, all_have_options
 from ..data.prompts import Encoded, PromptFormat
-from ..data.words import WordTokenizer, chosen_option
-from .generation import generate, room_for
+from .mode import eval_mode
+from .rouge import rouge_recall
 
-CHOICE_TOKENS = 12  # at least, for a choice that is written
 SHORTEST_SHARED = 8  # tokens at the start of all prompts that are worth a forward of their own
 CACHE_NAMES = ("cache", "past_key_values")  # what forwards call it, the newest name first
 
@@ -46,7 +43,7 @@ class FactScores(NamedTuple):
 
     def means(self) -> dict[str, float]:
         """{"score", "probability", "margin"} over the facts; no margin where there are no options."""
-        # In double, 4 of 12 is the very number 1/3 to which thresholds are compared.
+        # In float64, 4 of 12 is exactly the 1/3 to which thresholds are compared.
         found = {name: getattr(self, name).double().mean().item() for name in self._fields}
         return found if found["margin"] == found["margin"] else {k: v for k, v in found.items() if k != "margin"}
 
@@ -63,16 +60,16 @@ def score_facts(
 
     Args:
         facts: all with options, or all without.
-        batch_size: sequences a forward.
+        batch_size: sequences per forward.
         progress: called with the number of facts done since the last call.
     """
     options = all_have_options(facts)
     counts = [len(fact.options) for fact in facts]
     # Writing the answers takes most of the time where there are no options, and choosing takes all of it elsewhere.
     chosen, written = (progress, None) if options else (None, progress)
-    with _evaluating(model):
+    with eval_mode(model):
         encoded = prompts.encode_options(facts)
-        log_probs, lengths = _log_probs(model, prompts, encoded, batch_size, chosen and _per(chosen, counts))
+        log_probs, lengths = log_probs_and_lengths(model, prompts, encoded, batch_size, chosen and _per(chosen, counts))
         by_fact = zip(log_probs.split(counts), lengths.split(counts), strict=True)
         probability, margin = zip(*[_probability_and_margin(s, n) for s, n in by_fact], strict=True)
         probability, margin = torch.stack(probability), torch.stack(margin)
@@ -81,7 +78,7 @@ def score_facts(
 
 
 def chance(facts: Sequence[Fact]) -> float:
-    """The score of answers drawn blindly among each fact's options: 1/3 where all have two false ones."""
+    """Score of answers drawn at random among each fact's options: 1/3 where all have two false ones."""
     return float(sum(Fraction(1, len(fact.options)) for fact in facts) / len(facts))
 
 
@@ -98,14 +95,14 @@ def _per(progress: Callable[[int], None], counts: Sequence[int]) -> Callable[[in
 
 
 @torch.inference_mode()
-def _log_probs(
+def log_probs_and_lengths(
     model: PreTrainedModel,
     prompts: PromptFormat,
     encoded: Sequence[Encoded],
     batch_size: int,
     progress: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-likelihood and length of each answer, float32 `[N]`. What all prompts begin with runs once."""
+    """Log-likelihood and length of each answer, float32 `[N]`. The tokens that all prompts begin with run once."""
     start = _SharedStart.of(model, [sample.prompt for sample in encoded])
     log_probs, lengths = [], torch.tensor([float(len(sample.answer)) for sample in encoded])
     for first in range(0, len(encoded), batch_size):
@@ -120,7 +117,7 @@ def _log_probs(
 
 
 class _SharedStart(NamedTuple):
-    """The tokens that all prompts begin with, as a KV cache; of length 0 where a cache is not worth it or not taken."""
+    """The tokens that all prompts begin with, as a KV cache; of length 0 where there is none."""
 
     length: int
     name: str | None
@@ -139,11 +136,11 @@ class _SharedStart(NamedTuple):
         cache = DynamicCache(config=model.config)
         ids = torch.tensor([list(first[:length])], device=model.device)
         model(input_ids=ids, use_cache=True, **{name: cache})
-        # A forward that swallows the argument leaves the cache empty; the whole prompts are right there, and slower.
+        # A forward that ignores the argument leaves the cache empty; running whole prompts is right too, only slower.
         return cls(length, name, cache) if cache.get_seq_length() == length else nothing
 
     def put_before(self, batch: dict[str, Tensor]) -> dict:
-        """The arguments of a forward over `batch` behind the shared tokens."""
+        """The arguments of a forward over `batch`, which follows the shared tokens."""
         if not self.length:
             return {**batch, "use_cache": False}
         rows = len(batch["input_ids"])
@@ -152,58 +149,3 @@ class _SharedStart(NamedTuple):
         seen = batch["attention_mask"].new_ones(rows, self.length)
         mask = torch.cat([seen, batch["attention_mask"]], dim=1)
         return {**batch, "attention_mask": mask, self.name: cache, "use_cache": True}
-
-
-def rouge_recall(
-    model: PreTrainedModel,
-    prompts: PromptFormat,
-    facts: Sequence[Fact],
-    progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """ROUGE-L recall of the generated answer against the true one, float32 `[N]`; TOFU's forget threshold is on it.
-
-    Args:
-        progress: called with the number of facts done since the last call.
-    """
-    scorer = RougeScorer(["rougeL"], tokenizer=WordTokenizer())
-    room = room_for([sample.answer for sample in prompts.encode_facts(facts)])
-    answers = generate(model, prompts, [prompts.question(fact.question) for fact in facts], room, progress)
-    return torch.tensor(
-        [scorer.score(fact.answer, answer)["rougeL"].recall for fact, answer in zip(facts, answers, strict=True)]
-    )
-
-
-def generation_accuracy(model: PreTrainedModel, prompts: PromptFormat, facts: Sequence[Fact]) -> float:
-    """Share of facts that the model answers when the options stand in the prompt and it writes its choice.
-
-    The options are listed in alphabetical order, which says nothing of the truth. A choice is the longest option that
-    the answer begins with, as whole words, letter case aside.
-
-    Raises:
-        ValueError: a fact without options.
-    """
-    if not all_have_options(facts):
-        raise ValueError("facts without false_options cannot be asked as a choice; use score_facts (ROUGE-L recall)")
-    texts = [prompts.question(f"{fact.question} ({', '.join(sorted(fact.options))})") for fact in facts]
-    room = room_for([sample.answer for sample in prompts.encode_options(facts)], CHOICE_TOKENS)
-    with _evaluating(model):
-        answers = generate(model, prompts, texts, new_tokens=room)
-    right = [chosen_option(a, fact.options) == fact.answer for a, fact in zip(answers, facts, strict=True)]
-    return sum(right) / len(right)
-
-
-def known_facts(scores: FactScores, facts: Sequence[Fact], min_probability: float) -> list[Fact]:
-    """The facts that the model answers, with at least this probability, surest first."""
-    order = scores.probability.argsort(descending=True).tolist()
-    return [facts[i] for i in order if scores.score[i] == 1 and scores.probability[i] >= min_probability]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode inside, the model's own mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

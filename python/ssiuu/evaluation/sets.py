@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from ..data.facts import Fact, Split, all_have_options
 from ..data.prompts import PromptFormat
-from ..models.load import load_model, position_limit
 from ..progress import job
-from ..runs.folder import Run
-from .likelihood import FactScores, generation_accuracy, score_facts
+from .generation import generation_accuracy
+from .likelihood import FactScores, score_facts
 
-# Of the mean score; the others are called after their set, as in "forget_probability".
+# Names of the mean score; other means are named after their set, as in "forget_probability".
 SCORE_NAMES = {"forget": "fs", "retain": "rs", "unseen": "unseen_fs"}
 
 
@@ -45,11 +43,11 @@ def evaluate_sets(
 def evaluate_split(
     model: PreTrainedModel, prompts: PromptFormat, split: Split, *, name: str, generation: bool = False
 ) -> dict[str, float]:
-    """All sets of a split; the test set's scores are named as the retain set's, with "test_" before.
+    """All sets of a split; the test set's scores are named as the retain set's, after "test_".
 
     Args:
         name: of the bar.
-        generation: also the accuracy when the model writes its choice among options that stand in the prompt.
+        generation: also the accuracy when the prompt lists the options and the model writes its choice.
     """
     with job(name, sum(map(len, split))) as bar:
         found = evaluate_sets(model, prompts, split.forget, split.retain, bar.advance)
@@ -59,28 +57,4 @@ def evaluate_split(
             for score, facts in (("fs_generation", split.forget), ("rs_generation", split.retain)):
                 if facts and all_have_options(facts):
                     found[score] = generation_accuracy(model, prompts, facts)
-    return found
-
-
-def evaluate_run(run_dir: str | Path) -> dict:
-    """Evaluate a finished run's model and the model it started from on all sets, by choice and by generation.
-
-    Returns:
-        {"before": {...}, "after": {...}}, also written to the run's evaluation.json.
-
-    Raises:
-        ValueError: no finished run, or one that another process evaluates.
-        OSError: a run folder that cannot be written to, before any work.
-    """
-    run = Run.open(run_dir)
-    config, split = run.read("config.json"), run.split()
-    found = {}
-    with run.work("evaluate"):
-        for when, name in (("before", config["model"]), ("after", run.model)):
-            model, tokenizer = load_model(
-                name, dtype=config["dtype"], trust_remote_code=config.get("trust_remote_code", False)
-            )
-            prompts = PromptFormat(tokenizer, config["shots"], position_limit(model))
-            found[when] = evaluate_split(model, prompts, split, name=f"evaluate {when}", generation=True)
-        run.write("evaluation.json", found)
     return found

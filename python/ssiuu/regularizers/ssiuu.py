@@ -14,10 +14,10 @@ from ssiuu_kernels.log_probs import check_target
 from ssiuu_kernels.ops.common.precision import LARGEST
 
 from ..methods.base import Batch, LikelihoodMethod, Method
-from ..methods.registry import register_regularizer
+from ..optimizers import OptimizerOptions, check_update_in_backward
 from ..options import UnlearnOptions
-from ..training.optimizers import OptimizerOptions, check_update_in_backward
 from .base import Regularizer
+from .registry import register_regularizer
 
 
 def check_penalty(weight: float, target: str) -> None:

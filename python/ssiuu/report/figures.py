@@ -12,8 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ..analysis.influence import KINDS, TOP
-from ..runs.read import RunRecord, attack_groups
-from .style import FAINT, STYLE, colour, from_zero, line_of, method_legend, new_figure, whole_numbers
+from ..attacks.kinds import ATTACK_KINDS
+from ..runs.read import RunRecord
+from .groups import attack_groups, mean_curve
+from .style import FAINT, STYLE, from_zero, line_of, method_legend, new_figure, whole_numbers
 
 
 def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:
@@ -29,17 +31,10 @@ def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def mean_curve(attacks: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps that all the attacks have measured `name` at, and its mean over the attacks there."""
-    curves = [{step["step"]: step[name] for step in attack["steps"] if name in step} for attack in attacks]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    return steps, [sum(curve[step] for curve in curves) / len(curves) for step in steps]
-
-
 def overview(records: Sequence[RunRecord]) -> Figure | None:
     """One plot for a README: what unlearning did to neurons, and what further training brings back."""
     diagnosed = [record for record in records if record.diagnosis]
-    kinds = [kind for kind in ("harmful", "benign") if any(record.attacks_of(kind) for record in records)]
+    kinds = [kind for kind in ATTACK_KINDS if any(record.attacks_of(kind) for record in records)]
     if not diagnosed and not kinds:
         return None
     widths = [1.25] * bool(diagnosed) + [1.0] * len(kinds)
@@ -63,7 +58,7 @@ def _influence_bars(ax: Axes, records: Sequence[RunRecord]) -> None:
     for group, name in enumerate(("d_plus", "d_minus")):
         for index, record in enumerate(records):
             value, y = record.diagnosis["sum"][name], group + (index - (len(records) - 1) / 2) * height
-            ax.barh(y, value, height * 0.88, color=colour(record), alpha=1 - 0.25 * min(record.style, 2))
+            ax.barh(y, value, height * 0.88, color=record.color, alpha=1 - 0.25 * min(record.style, 2))
             ax.text(value + 0.02 * largest, y, f"{value:.3g}", va="center", fontsize=9)
     ax.set_yticks([0, 1], ["Erased\nD⁺", "Hidden\nD⁻"])
     ax.set_ylim(1.55, -0.55)
@@ -91,13 +86,13 @@ def _recovery(ax: Axes, records: Sequence[RunRecord], kind: str) -> None:
 
 
 def _first_logged(records: Sequence[RunRecord], kind: str, *names: str) -> str:
-    """The first of these that attacks of a kind log: a benign attack has no unseen facts, free text has no margin."""
+    """The first of these that attacks of this kind log: some have no unseen facts, and free text has no margin."""
     steps = [step for record in records for attack in record.attacks_of(kind) for step in attack["steps"]]
     return next((name for name in names if any(name in step for step in steps)), names[-1])
 
 
 def _mark_before(ax: Axes, records: Sequence[RunRecord], name: str) -> None:
-    """A line at what the original model reached, where the runs agree on it."""
+    """A line at the score of the original model, where the runs agree on it."""
     before = [record.evaluation["before"] for record in records if record.evaluation]
     levels = {round(scores[name], 4) for scores in before if name in scores}
     if len(levels) == 1:
@@ -173,7 +168,7 @@ def _kinds(record: RunRecord) -> list[str]:
 
 
 def attack_curves(records: Sequence[RunRecord]) -> Figure | None:
-    """FS and answer probability while attacked: each attack thin, the mean of a run's attacks of a kind thick."""
+    """FS and answer probability during attacks: each attack thin, the mean of a run's attacks of one group thick."""
     groups = attack_groups(records)
     if not groups:
         return None
@@ -213,7 +208,7 @@ def training_curves(records: Sequence[RunRecord]) -> Figure | None:
     for ax, (title, names) in zip(axes.flat, panels.items(), strict=True):
         for record in records:
             for index, name in enumerate(names):
-                # What a method has no use for is logged as null or 0: no curve.
+                # A value that a method does not use is logged as null or 0, and has no curve.
                 points = [(line["step"], line[name]) for line in record.metrics if line.get(name) is not None]
                 if any(value != 0 for _, value in points):
                     style = line_of(record) | ({"linestyle": "--", "linewidth": 1.4} if index else {})

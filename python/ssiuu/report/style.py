@@ -1,4 +1,4 @@
-"""One look for all figures: sizes for the width of a README, and one colour a method."""
+"""One look for all figures: sizes for the width of a README, and one colour per method."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from matplotlib.ticker import MaxNLocator
 from ..runs.read import RunRecord
 
 INK, FAINT = "#24292f", "#8c959f"
-# One colour a method in every figure, told apart without colour vision too (Okabe and Ito).
-METHOD_COLOURS = {"gd": "#d55e00", "ssiuu": "#0072b2", "ga": "#cc79a7", "npo": "#009e73", "dpo": "#e69f00"}
-OTHER_COLOURS = ("#56b4e9", "#7f6a3f", "#5e3c99", "#444444")
 LINE_STYLES = ("-", "--", "-.", ":")
 STYLE = {
     "text.parse_math": False,  # the names of runs may have dollar signs
@@ -55,16 +52,9 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def colour(record: RunRecord) -> str:
-    """Of a run's method, the same in every figure and table."""
-    if record.method in METHOD_COLOURS:
-        return METHOD_COLOURS[record.method]
-    return OTHER_COLOURS[sum(map(ord, record.method)) % len(OTHER_COLOURS)]
-
-
 def line_of(record: RunRecord) -> dict:
     """Keyword arguments of a run's lines."""
-    return {"color": colour(record), "linestyle": LINE_STYLES[record.style % len(LINE_STYLES)]}
+    return {"color": record.color, "linestyle": LINE_STYLES[record.style % len(LINE_STYLES)]}
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options) -> tuple[Figure, np.ndarray]:

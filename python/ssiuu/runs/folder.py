@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .locks import LOCK, locked
 
 logger = logging.getLogger(__name__)
 
+SCHEMA = 1  # of the files in a run folder; 0.1.0 wrote none
 RUNNING, COMPLETE = "running", "complete"
 PARTIAL = ".partial"  # suffix of a file that is being written
 
@@ -30,8 +31,8 @@ PARTIAL = ".partial"  # suffix of a file that is being written
 class Run:
     """One run folder.
 
-    config.json (options, versions, status), split.json, metrics.jsonl (a line a step), evaluation.json, model/
-    (safetensors and tokenizer), checkpoints/ (to resume from), attacks/*.json, diagnosis.json and .safetensors.
+    config.json (schema, options, versions, status), split.json, metrics.jsonl (one line per step), evaluation.json,
+    model/ (safetensors and tokenizer), checkpoints/ (to resume from), attacks/*.json, diagnosis.json and .safetensors.
     """
 
     def __init__(self, path: str | Path):
@@ -45,11 +46,11 @@ class Run:
     def claim(cls, path: str | Path, config: dict[str, Any], resume: bool) -> Iterator[Run]:
         """A run that may be started (`start`) or resumed in this folder, which no other process may use meanwhile.
 
-        A folder that is new or empty is claimed, and one in which something was begun that cannot be resumed is begun
-        again. A new folder into which nothing was written is removed.
+        A new or empty folder is claimed. An interrupted run that cannot be resumed is cleared, to start again. A new
+        folder is removed if nothing was written to it.
 
         Raises:
-            ValueError: the folder holds something and resume is false; nothing to resume, other options, or a finished
+            ValueError: the folder is not empty and resume is false; nothing to resume, other options, or a finished
                 run; another process is at work there.
             OSError: a folder that cannot be made or written to.
         """
@@ -69,7 +70,7 @@ class Run:
             return
         started = self.config() if self._is_run() else None
         if started and started["status"] == RUNNING and not _resumable(started) and not _resumable(config):
-            logger.warning("%s holds a run that was broken off; it is begun again", self.path)
+            logger.warning("%s has an interrupted run that cannot be resumed; it starts again", self.path)
             self._clear()
             return
         way_on = ", or continue it with --resume" if started and _resumable(config) else ""
@@ -86,7 +87,7 @@ class Run:
         before = self.config()
         if before["status"] == COMPLETE:
             raise ValueError(f"run {self.path} is complete; there is nothing to resume")
-        # An option that a run was started without, under an earlier version, is taken as it comes.
+        # A run that an earlier version started lacks newer options; those are taken as given.
         changed = [name for name in config if name in before and before[name] != config[name]]
         if changed:
             name = changed[0]
@@ -100,7 +101,7 @@ class Run:
         if (self.path / "config.json").is_file():
             return
         versions = {"ssiuu-kernels": sk.__version__, "torch": torch.__version__, "transformers": transformers_version}
-        self.write("config.json", {**config, "versions": versions, "status": RUNNING})
+        self.write("config.json", {"schema": SCHEMA, **config, "versions": versions, "status": RUNNING})
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -112,13 +113,13 @@ class Run:
         run = cls(path)
         config = run.config()
         if config["status"] != COMPLETE:
-            way_on = "continue it with `ssiuu unlearn --resume`" if _resumable(config) else "run it anew"
+            way_on = "continue it with `ssiuu unlearn --resume`" if _resumable(config) else "run it again"
             raise ValueError(f"run {run.path} is not finished; {way_on} first")
         return run
 
     @contextmanager
     def work(self, name: str) -> Iterator[None]:
-        """Hold a finished run for a command of this name: two of them would write the same files.
+        """Lock a finished run for a command of this name: two processes would write the same files.
 
         Raises:
             ValueError: another process runs that command on it.
@@ -128,10 +129,11 @@ class Run:
             yield
 
     def config(self) -> dict[str, Any]:
-        """config.json; a ValueError if it is not there or another program's, such as a model's."""
+        """config.json; a ValueError if it is missing, of a later version, or not of a run but, say, of a model."""
         config = self.read("config.json")
         if not isinstance(config, dict) or not {"status", "method"} <= config.keys():
-            raise ValueError(f"{self.path} is not a run folder; expected one, as `ssiuu unlearn` writes it")
+            raise ValueError(f"{self.path} is not a run folder; expected one that `ssiuu unlearn` wrote")
+        check_schema(config, self.path)
         return config
 
     def _is_run(self) -> bool:
@@ -142,10 +144,10 @@ class Run:
         return True
 
     def read(self, name: str) -> Any:
-        """A JSON file of the run; a ValueError if it is not there."""
+        """A JSON file of the run; a ValueError if it is missing or malformed."""
         file = self.path / name
         if not file.is_file():
-            raise ValueError(f"{self.path} has no {name}; expected a run folder, as `ssiuu unlearn` writes it")
+            raise ValueError(f"{self.path} has no {name}; expected a run folder that `ssiuu unlearn` wrote")
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -158,7 +160,7 @@ class Run:
         _replace(file, json.dumps(value, indent=1) + "\n")
 
     def write_diagnosis(self, summary: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write diagnosis.json and diagnosis.safetensors, of which the first is there only beside its own second."""
+        """Write diagnosis.safetensors, then diagnosis.json, which is never beside the tensors of another diagnosis."""
         (self.path / "diagnosis.json").unlink(missing_ok=True)
         file = self.path / "diagnosis.safetensors"
         partial = file.with_suffix(PARTIAL)
@@ -169,7 +171,10 @@ class Run:
     def finish(self) -> None:
         """Mark the run as complete, and drop the checkpoints, which are three times as large as the model."""
         self.write("config.json", {**self.read("config.json"), "status": COMPLETE})
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        with suppress(OSError):
+            self.checkpoints.rmdir()  # unless TensorBoard's events are in it
 
     def write_split(self, split: Split) -> None:
         """Keep the sets, for attacks and diagnosis to use the same facts."""
@@ -210,11 +215,27 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
 
+def check_schema(config: dict[str, Any], where: Path) -> None:
+    """Raise a ValueError for a run that a later version wrote; `where` names it."""
+    schema = config.get("schema", 0)
+    if schema > SCHEMA:
+        raise ValueError(f"{where} has schema {schema}, and this version reads up to {SCHEMA}; upgrade ssiuu-kernels")
+
+
+def recorded_options(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The options in a run's config.json, by which another run can repeat it; raises as `check_schema`."""
+    check_schema(config, where)
+    derived = {"schema", "versions", "status", "stochastic_rounding"}
+    if config.get("engine") is None:  # of a run that needs none
+        derived.add("engine")
+    return {name: value for name, value in config.items() if name not in derived}
+
+
 def _check_name(path: Path) -> None:
     try:
         str(path.absolute()).encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"run folder {path} has a name that is not UTF-8, to which safetensors cannot write") from None
+        raise ValueError(f"run folder {path} has a name that is not UTF-8; safetensors cannot write there") from None
 
 
 def _replace(file: Path, text: str) -> None:

@@ -17,13 +17,13 @@ TRIES = 10
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold a folder, which is made where it is missing, and removed again if nothing was put into it.
+    """Lock a folder. It is created if it is missing, and then removed again if nothing was written to it.
 
-    The kernel lets go of the lock with the process, however that ends. Writing it also shows at once whether the folder
-    can be written to.
+    The operating system releases the lock when the process ends, however it ends. Creating the lock also shows at once
+    whether the folder can be written to.
 
     Args:
-        name: of the lock's file; processes that hold different ones do not exclude each other.
+        name: of the lock's file; processes that hold different locks do not exclude each other.
 
     Raises:
         ValueError: another process holds it.
@@ -42,12 +42,12 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
                 os.close(descriptor)
     finally:
         if new:
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
 def _take(path: Path) -> int:
-    # Another process that ends may remove the folder or the file between any two lines here.
+    # Another process that ends may remove the folder or the file between any two of these lines.
     for attempt in range(1, TRIES + 1):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def _take(path: Path) -> int:
             os.close(descriptor)
             break
         except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s); start no second process in it", path.parent, error)
+            logger.warning("%s cannot be locked (%s); do not start a second process in it", path.parent, error)
         if _is_at(path, descriptor):
             return descriptor
         os.close(descriptor)

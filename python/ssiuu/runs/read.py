@@ -1,4 +1,4 @@
-"""Finished run folders as the plots and the report read them, with None for what was not run."""
+"""Finished run folders as records for a report, with None for what was not run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ..analysis.influence import KINDS, Variation
+from ..pairs import appearance
 from .folder import Run
 
-METHOD_NAMES = {"ga": "GA", "gd": "GD", "npo": "NPO", "dpo": "DPO", "ssiuu": "SSIUU"}
+OTHER_COLORS = ("#56b4e9", "#7f6a3f", "#5e3c99", "#444444")  # of methods that are not installed here
 
 
 @dataclass
@@ -24,13 +25,14 @@ class RunRecord:
         path: the run folder.
         config: config.json.
         split: name of a set of facts (forget, retain, test) -> number of facts in it.
-        metrics: the lines of metrics.jsonl, one a step.
+        metrics: the lines of metrics.jsonl, one per step.
         evaluation: evaluation.json, {"before": {...}, "after": {...}}; None where not run.
         attacks: attacks/*.json, in the order of kind, fraction, learning rate and seed.
         diagnosis: diagnosis.json; None where not run.
         variations: kind -> `Variation` of `[layers, width]`; None where not run.
         label: what tables and legends call the run: its method, and its folder where several share a method.
-        style: 0 for the first run of a method, 1 for the second...
+        color: of the run's method, the same in every figure and table.
+        style: 0 for the first run of a colour, 1 for the second...
     """
 
     path: Path
@@ -42,52 +44,62 @@ class RunRecord:
     diagnosis: dict | None
     variations: dict[str, Variation] | None
     label: str = field(default="")
+    color: str = field(default="")
     style: int = 0
 
     @property
     def method(self) -> str:
         return self.config["method"]
 
+    @property
+    def steps(self) -> int | None:
+        """Number of the last step; None where none was logged."""
+        return self.metrics[-1]["step"] if self.metrics else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all steps, evaluation left out; None where none was logged."""
+        return sum(line["seconds"] for line in self.metrics) if self.metrics else None
+
     def attacks_of(self, kind: str, *fraction: float | None) -> list[dict]:
         """The attacks of a kind, of every fraction or of the one given."""
         return [a for a in self.attacks if a["kind"] == kind and (not fraction or a["fraction"] == fraction[0])]
-
-
-def attack_groups(records: Iterable[RunRecord]) -> dict[tuple[str, float | None], str]:
-    """(kind, fraction) -> title, of every group of attacks that differ in learning rate and seed alone."""
-    found = {(attack["kind"], attack["fraction"]) for record in records for attack in record.attacks}
-    ordered = sorted(found, key=lambda group: (group[0] == "benign", group[1] or 0))
-    return {(kind, p): kind if p is None else f"{kind} p = {p:g}" for kind, p in ordered}
 
 
 def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
     """Read finished runs that started from the same model.
 
     Raises:
-        ValueError: no run, a folder that is no run folder or holds an unfinished run, a file in it that cannot be
-            read, or runs of different base models.
+        ValueError: no run, a folder that is not a finished run, a file in it that cannot be read, or runs of different
+            base models.
     """
     records = [_read_run(Path(path)) for path in run_dirs]
     if not records:
-        raise ValueError("run_dirs is empty; expected at least one run folder, as `ssiuu unlearn` writes it")
-    bases = {record.config["model"]: record.path for record in records}
+        raise ValueError("run_dirs is empty; expected at least one run folder that `ssiuu unlearn` wrote")
+    bases = {_base(record.config): record.path for record in records}
     if len(bases) > 1:
         described = ", ".join(f"{path} from {model}" for model, path in bases.items())
         raise ValueError(f"runs start from different models ({described}); report runs of one model together")
-    shared = Counter(record.method for record in records)
+    shown = [appearance(record.config) for record in records]
+    shared = Counter(label for label, _ in shown)
     seen: Counter[str] = Counter()
-    for record in records:
-        name = METHOD_NAMES.get(record.method, record.method)
-        record.label = name if shared[record.method] == 1 else f"{name} ({record.path.name})"
-        record.style = seen[record.method]
-        seen[record.method] += 1
+    for record, (label, color) in zip(records, shown, strict=True):
+        record.label = label if shared[label] == 1 else f"{label} ({record.path.name})"
+        record.color = color or OTHER_COLORS[sum(map(ord, label)) % len(OTHER_COLORS)]
+        record.style = seen[record.color]
+        seen[record.color] += 1
     return records
+
+
+def _base(config: dict) -> str:
+    model, revision = config["model"], config.get("revision")
+    return model if revision is None else f"{model} at {revision}"
 
 
 def _read_run(path: Path) -> RunRecord:
     config = Run.open(path).read("config.json")
     attacks = [_read_json(file) for file in (path / "attacks").glob("*.json")]
-    attacks.sort(key=lambda a: (a["kind"] == "benign", a["fraction"] or 0, a["learning_rate"], a["seed"]))
+    attacks.sort(key=lambda a: (a["kind"], a["fraction"] or 0, a["learning_rate"], a["seed"]))
     diagnosis = _read_json(path / "diagnosis.json")
     return RunRecord(
         path=path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from ssiuu_kernels.log_probs import IGNORE_INDEX
 
 from ..data.prompts import PromptFormat
-from .optimizers import OptimizerOptions, adamw, say_rounding
+from ..optimizers import OptimizerOptions, adamw, say_rounding
 from .schedule import MicroBatch, Schedule
 from .step_log import StepLog, StepRecord
 
@@ -44,6 +44,7 @@ def training_arguments(
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     weight_decay: float = 0.0,
+    report_to: str = "none",
 ) -> TrainingArguments:
     """The Trainer's arguments that all runs share: constant learning rate, no clipping, one micro-batch an item."""
     refuse_launchers()
@@ -68,7 +69,7 @@ def training_arguments(
         save_steps=save_every or max_steps,
         save_total_limit=2,
         logging_strategy="no",
-        report_to="none",
+        report_to=report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -103,9 +104,19 @@ class RecordedTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=schedule, data_collator=self._collate)
         # The Trainer is to divide losses by the number of micro-batches, which they are multiplied by below.
         self.model_accepts_loss_kwargs = False
+        record = record._replace(write=self._report(record.write))
         self.log_of_steps = StepLog(record, self.gradient_metrics, self.optimizer_metrics)
         self.add_callback(self.log_of_steps)
         self.remove_callback(PrinterCallback)
+
+    def _report(self, write: Callable[[dict], None]) -> Callable[[dict], None]:
+        """`write`, whose lines go on to what the arguments report to (TensorBoard, W&B)."""
+
+        def write_and_log(line: dict) -> None:
+            write(line)
+            self.log({name: value for name, value in line.items() if isinstance(value, float | int) and name != "step"})
+
+        return write_and_log
 
     def _collate(self, items: list[MicroBatch]) -> dict[str, Tensor]:
         (batch,) = items

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import ssiuu_kernels as sk
-from ssiuu_kernels.loss.unlearning import ENGINES
+from ssiuu_kernels import ENGINES
 
 from ..methods.base import Batch, Method
+from ..optimizers import OptimizerOptions, check_update_in_backward, say_rounding
 from ..regularizers.base import Regularizer
-from .optimizers import OptimizerOptions, check_update_in_backward, say_rounding
 from .trainer import RecordedTrainer
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
@@ -124,6 +125,15 @@ class Targets:
         for param, own, grad in zip(params, hooks, grads, strict=True):
             if grad is not None:
                 add_target_grad(param, _through(own.values(), grad))
+
+    def add_zero_grads(self) -> None:
+        """Give a `grad` of 0 to parameters that have a target gradient alone: the loss does not depend on them.
+
+        The penalty does, and a parameter without a `grad` would be skipped by optimizers.
+        """
+        for param in self.params.values():
+            if param.grad is None and getattr(param, "target_grad", None) is not None:
+                param.grad = torch.zeros_like(param.target_grad)
 
     def _note_versions(self) -> None:
         for param in self.params.values():

@@ -103,7 +103,7 @@ def test_a_second_backward_on_one_loss_is_refused():
 BAD = {
     "mask of another length": ("bool mask", {"forget": torch.tensor([True, False])}),
     "mask of numbers": ("bool mask", {"forget": torch.ones(4)}),
-    "unknown objective": ("simnpo", {"objective": "simnpo"}),
+    "unknown objective": ("nppo", {"objective": "nppo"}),
     "unknown target": ("loss", {"target": "loss"}),
 }
 

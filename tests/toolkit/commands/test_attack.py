@@ -1,4 +1,4 @@
-"""Retraining attacks on a tiny unlearned model, and fine-tuning."""
+"""Retraining attacks on a tiny unlearned model."""
 
 import json
 from dataclasses import replace
@@ -7,34 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssiuu.attacks import retraining
+from ssiuu.attacks.retraining import Attack
 from ssiuu.commands import attack
-from ssiuu.commands.attack import Attack, attack_grid, attack_run
-from ssiuu.commands.finetune import finetune
+from ssiuu.commands.attack import attack_run
 from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.facts import Split
-from ssiuu.data.prompts import PromptFormat
-from ssiuu.evaluation.sets import evaluate_run
-from ssiuu.models.load import load_model
 from ssiuu.options import UnlearnOptions
-from tests.support.small_runs import KilledError, kill_after, lines
-
-
-@pytest.fixture
-def run(model_dir, facts_file, tmp_path):
-    options = UnlearnOptions(
-        model=str(model_dir), facts=str(facts_file), forget_people=3, retain_people=2, shots=0, max_steps=2,
-        learning_rate=1e-3, save_every=0,
-    )  # fmt: skip
-    return unlearn(options, tmp_path / "run")
-
 
 HARMFUL = Attack("harmful", 0.3, 1e-2, steps=4, evaluate_every=2)
-
-
-def test_the_papers_grid():
-    names = [attack.name for attack in attack_grid(("harmful", "benign"))]
-    assert len(names) == len(set(names)) == 9
-    assert names[0] == "harmful-p0.1-lr1e-05-seed0"
 
 
 def test_a_harmful_attack_brings_its_own_facts_back(run):
@@ -68,7 +49,7 @@ def test_finished_attacks_are_not_run_again(run, monkeypatch):
 
 def test_other_options_under_the_same_name_are_refused(run):
     attack_run(run.path, [HARMFUL])
-    with pytest.raises(ValueError, match="of other options"):
+    with pytest.raises(ValueError, match="was made with other options"):
         attack_run(run.path, [replace(HARMFUL, steps=3)])
 
 
@@ -92,45 +73,6 @@ def test_a_folder_that_is_no_run(tmp_path):
         attack_run(tmp_path, [HARMFUL])
 
 
-def test_evaluate_adds_generation(run):
-    found = evaluate_run(run.path)
-    assert {"fs", "rs", "fs_generation", "rs_generation"} <= set(found["after"])
-    assert found == run.read("evaluation.json")
-
-
-def test_finetuning_teaches_the_facts(model_dir, facts_file, tmp_path):
-    run = finetune(tmp_path / "taught", model=str(model_dir), facts=str(facts_file), steps=60, learning_rate=1e-2)
-    found = run.read("evaluation.json")
-    assert found["after"]["retain_probability"] > 3 * found["before"]["retain_probability"]
-
-
-def test_finetuning_teaches_where_an_answer_ends(model_dir, facts_file, tmp_path):
-    run = finetune(tmp_path / "taught", model=str(model_dir), facts=str(facts_file), steps=60, learning_rate=1e-2)
-    model, tokenizer = load_model(run.model)
-    prompts = PromptFormat(tokenizer, 0)
-    (sample,) = prompts.encode_prompts([prompts.question("where ann born")])
-    output = model.generate(torch.tensor([sample.prompt]), do_sample=False, max_new_tokens=10)[0, len(sample.prompt) :]
-    assert output[1] == tokenizer.eos_token_id  # after one word of an answer
-
-
-def test_finetuning_begins_again_what_was_broken_off(model_dir, facts_file, tmp_path, monkeypatch):
-    arguments = {"model": str(model_dir), "facts": str(facts_file), "steps": 2}
-    with monkeypatch.context() as patched:
-        kill_after(patched, 1)
-        with pytest.raises(KilledError):
-            finetune(tmp_path / "taught", **arguments)
-    run = finetune(tmp_path / "taught", **arguments)
-    assert [line["step"] for line in lines(run)] == [1, 2]
-
-
-@pytest.mark.parametrize("status", ["running", "complete"])
-def test_finetuning_begins_no_other_run_again(tmp_path, facts_file, status):
-    method = "finetune" if status == "complete" else "gd"
-    (tmp_path / "config.json").write_text(json.dumps({"status": status, "method": method}))
-    with pytest.raises(ValueError, match=r"exists; choose another$"):
-        finetune(tmp_path, facts=str(facts_file))
-
-
 @pytest.mark.parametrize("refused", [
     (1, HARMFUL, "the run has one forget fact, .*; use --kind benign"),
     (3, replace(HARMFUL, fraction=0.9), "fraction=0.9 of 3 forget facts is all of them"),
@@ -146,25 +88,18 @@ def test_attacks_without_data_are_refused_before_any_of_them(model_dir, facts, t
 
 
 def test_each_forget_fact_is_scored_once_an_evaluation(run, monkeypatch):
-    scored, score_facts = [], attack.score_facts
+    scored, score_facts = [], retraining.score_facts
 
     def score(model, prompts, facts):
         scored.append(len(facts))
         return score_facts(model, prompts, facts)
 
-    monkeypatch.setattr(attack, "score_facts", score)
+    monkeypatch.setattr(retraining, "score_facts", score)
     attack_run(run.path, [HARMFUL])
     assert scored == [len(run.split().forget)] * 3  # at steps 0, 2 and 4
 
 
-def test_finetuning_does_not_speak_of_resuming(model_dir, facts_file, tmp_path):
-    (tmp_path / "taught").mkdir()
-    (tmp_path / "taught" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"exists; choose another$"):
-        finetune(tmp_path / "taught", model=str(model_dir), facts=str(facts_file))
-
-
-@pytest.mark.parametrize(("method", "way_on"), [("finetune", "run it anew"), ("gd", "`ssiuu unlearn --resume`")])
+@pytest.mark.parametrize(("method", "way_on"), [("finetune", "run it again"), ("gd", "`ssiuu unlearn --resume`")])
 def test_an_unfinished_run_says_what_to_do(tmp_path, method, way_on):
     (tmp_path / "config.json").write_text(json.dumps({"status": "running", "method": method}))
     with pytest.raises(ValueError, match=f"is not finished; .*{way_on}"):

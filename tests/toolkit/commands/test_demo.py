@@ -20,7 +20,7 @@ def people(count, facts_each=3):
 
 def test_no_person_and_no_answer_of_the_forget_set_is_kept():
     split = choose_known(people(40), [])
-    assert len(split.forget) == demo.FORGET_PEOPLE * demo.FACTS_A_PERSON
+    assert len(split.forget) == demo.FORGET_PEOPLE * demo.FACTS_PER_PERSON
     assert not {f.subject for f in split.forget} & {f.subject for f in (*split.retain, *split.test)}
     assert not {f.answer for f in split.forget} & {f.answer for f in (*split.retain, *split.test)}
 
@@ -38,7 +38,7 @@ def test_too_few_people():
 
 def test_another_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no demonstration"):
+    with pytest.raises(ValueError, match="is not a demo folder"):
         run_demo(tmp_path)
 
 

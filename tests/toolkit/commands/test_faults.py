@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from ssiuu.report import page as report
 from ssiuu.runs.folder import Run
 from ssiuu.runs.locks import LOCK, locked
+from tests.support.command_line import run as command
 from tests.support.faults import Killed, fault
 from tests.support.small_runs import reproducible, weights
 from tests.toolkit.conftest import tiny_facts
-from tests.toolkit.test_cli import run as command
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def finished(model_dir, tmp_path_factory):
     facts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = command("unlearn", "--model", model_dir, "--facts", facts, "--forget-people", 2, "--retain-people", 3,
                    "--shots", 0, "--max-steps", 1, "--out", folder / "run")  # fmt: skip
-    assert done.exit_code == 0, done.output
+    assert done.status == 0, done.output
     return folder / "run"
 
 
 def assert_refused(result, *said):
-    assert result.exit_code == 2, result.output
+    assert result.status == 2, result.output
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("ssiuu: "))
     assert "Traceback" not in result.output
     assert any(words in line for words in said), line
@@ -56,7 +56,7 @@ READ_ONLY = ("Permission denied",)
 @pytest.mark.parametrize("kind", ["killed", "full"])
 def test_unlearning_goes_on_after_every_write_that_failed(small, tmp_path, monkeypatch, kind):
     whole = command(*small, "--out", tmp_path / "whole")
-    assert whole.exit_code == 0, whole.output
+    assert whole.status == 0, whole.output
     run = Run(tmp_path / "run")
     for at in itertools.count(1 if kind == "killed" else 2, 2):  # each process gets further than the one before
         if is_complete(run):
@@ -65,7 +65,7 @@ def test_unlearning_goes_on_after_every_write_that_failed(small, tmp_path, monke
         with fault(run.path, kind, at, monkeypatch) as injected, survived(kind):
             result = command(*small, "--out", run.path, *resume)
             if injected.count < at:
-                assert result.exit_code == 0, result.output
+                assert result.status == 0, result.output
                 break
             assert_refused(result, *FULL)
     assert at > 5
@@ -105,10 +105,10 @@ def test_other_commands_are_given_again(finished, tmp_path, monkeypatch, one_fig
         with fault(run, kind, at, monkeypatch) as injected, survived(kind):
             result = command(name, run, *options)
             if injected.count < at:
-                assert result.exit_code == 0, result.output
+                assert result.status == 0, result.output
                 break
             assert_refused(result, *FULL)
-        assert command("report", run, "--out", tmp_path / "report").exit_code == 0  # nothing half written is read
+        assert command("report", run, "--out", tmp_path / "report").status == 0  # nothing half written is read
     assert at > 3
     assert len(list(run.glob(files))) == number
 
@@ -129,7 +129,7 @@ def test_a_report_is_written_again(finished, tmp_path, monkeypatch, kind, one_fi
         with fault(tmp_path / "report", kind, at, monkeypatch) as injected, survived(kind):
             result = command("report", finished, "--out", tmp_path / "report")
             if injected.count < at:
-                assert result.exit_code == 0, result.output
+                assert result.status == 0, result.output
                 break
             assert_refused(result, *FULL)
     assert at > 5
@@ -146,7 +146,7 @@ def test_finetuning_is_begun_again(model_dir, facts_file, tmp_path, monkeypatch,
         with fault(run.path, kind, at, monkeypatch) as injected, survived(kind):
             result = command(*arguments)
             if injected.count < at:
-                assert result.exit_code == 0, result.output
+                assert result.status == 0, result.output
                 break
             assert_refused(result, *FULL)
     assert is_complete(run)
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_any_work(finished, s
     run = copied(finished, tmp_path)
     folder = run if name in WRITING else tmp_path / "out"
     for module in ("attack", "diagnose", "evaluate", "unlearn", "finetune"):
-        monkeypatch.setattr(f"ssiuu.{module}.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(f"ssiuu.commands.{module}.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(report.plots, "draw_all", lambda *_: pytest.fail("figures were drawn"))
     arguments = {
         "unlearn": (*small, "--out", folder),
@@ -264,8 +264,8 @@ def test_a_full_file_system(small, tmp_path):
         assert_refused(command(*small, "--out", disk / "run"), *FULL)
         subprocess.run(("mount", "-o", "remount,size=50m", disk), check=True)
         done = command(*small, "--out", disk / "run", "--resume")
-        assert done.exit_code == 0, done.output
-        assert command(*small, "--out", tmp_path / "whole").exit_code == 0
+        assert done.status == 0, done.output
+        assert command(*small, "--out", tmp_path / "whole").status == 0
         expected = weights(Run(tmp_path / "whole"))
         actual = {
             name: tensor.clone() for name, tensor in load_file(disk / "run" / "model" / "model.safetensors").items()

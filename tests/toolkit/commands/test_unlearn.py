@@ -153,7 +153,7 @@ def test_a_model_that_knows_none_of_the_facts(options, tmp_path):
 
 
 def test_a_refused_model_leaves_no_folder(options, tmp_path):
-    with pytest.raises(ValueError, match=r"could not be loaded|holds no model"):
+    with pytest.raises(ValueError, match=r"could not be loaded|is not a model folder"):
         unlearn(options.replace(model=str(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -187,7 +187,9 @@ def test_the_default_threshold_is_chance(options, facts, tmp_path, monkeypatch, 
         Split(facts[:2], facts[2:4], []),
         iter([1.0, 1 / (1 + false_options) + 1e-9, 1 / (1 + false_options)]),
     )
-    monkeypatch.setattr(unlearn_module, "evaluate_sets", lambda *_: {"fs": next(scores)})
+    monkeypatch.setattr(
+        unlearn_module, "named_means", lambda _, which: {"fs": next(scores)} if which == "forget" else {}
+    )
     run = unlearn(options.replace(threshold=None, evaluate_every=1), tmp_path / "run", split=split)
     assert len(lines(run)) == 3
 
@@ -206,7 +208,7 @@ def test_a_fact_that_does_not_fit_the_model(options, tmp_path):
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(options.model).save_pretrained(tmp_path / "model")
     facts = [Fact("where ann born", "rome"), Fact("where bob born " * 3, "oslo")]
-    with pytest.raises(ValueError, match="tokens with its examples, the model positions for 12"):
+    with pytest.raises(ValueError, match="tokens with its examples, more than the model's 12 positions"):
         unlearn(options.replace(model=str(tmp_path / "model")), tmp_path / "run", split=Split(facts[:1], facts[1:], []))
     assert not (tmp_path / "run").exists()
 

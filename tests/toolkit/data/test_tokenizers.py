@@ -155,7 +155,7 @@ def test_a_prompt_that_is_joined_whole():
 
 def test_a_fact_that_fits_no_position():
     prompts = PromptFormat(make_tokenizer("Unigram"), 0, longest=10)
-    with pytest.raises(ValueError, match="the model positions for 10; use fewer --shots"):
+    with pytest.raises(ValueError, match="more than the model's 10 positions; use fewer --shots"):
         prompts.encode_facts([Fact("Where was Ann born?" * 9, "Rome")])
 
 

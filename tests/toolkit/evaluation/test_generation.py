@@ -6,8 +6,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ssiuu.data.facts import Fact
 from ssiuu.data.prompts import PromptFormat
-from ssiuu.evaluation.generation import generate, room_for
-from ssiuu.evaluation.likelihood import generation_accuracy, rouge_recall
+from ssiuu.evaluation import generation
+from ssiuu.evaluation.generation import generate, generation_accuracy, room_for
+from ssiuu.evaluation.rouge import rouge_recall
 from ssiuu.models.load import position_limit
 from tests.support.tiny_tokenizers import FACTS, make_tokenizer
 from tests.toolkit.data.test_tokenizers import tiny_llama
@@ -127,5 +128,23 @@ def test_learned_positions_bound_what_is_written():
     model = scripted(tokenizer, " Rome and on" * 20, positions=30)
     prompts = PromptFormat(tokenizer, 0, position_limit(model))
     assert generate(model, prompts, ["Ann"])[0].startswith("Rome and on")
-    with pytest.raises(ValueError, match="the model positions for 30; use fewer --shots"):
+    with pytest.raises(ValueError, match="more than the model's 30 positions; use fewer --shots"):
         generate(model, prompts, ["Ann " * 30])
+
+
+def test_generation_accuracy(loaded, monkeypatch):
+    monkeypatch.setattr(generation, "generate", lambda *_, **__: ["Rome, of course", "oslo"])
+    facts = [Fact("q", "rome", ("oslo",)), Fact("r", "rome", ("oslo",))]
+    assert generation_accuracy(loaded[0], PromptFormat(loaded[1], 0), facts) == 0.5
+
+
+def test_generation_needs_options(loaded):
+    with pytest.raises(ValueError, match="false_options"):
+        generation_accuracy(loaded[0], PromptFormat(loaded[1], 0), [Fact("q", "rome")])
+
+
+def test_batches_answer_as_single_prompts_do(loaded):
+    model, tokenizer = loaded
+    prompts = PromptFormat(tokenizer, 0)
+    texts = ["where ann", "where bob lives", "ann born rome oslo lima", "where ? Answer"]
+    assert generate(model, prompts, texts) == [generate(model, prompts, [text])[0] for text in texts]

@@ -16,9 +16,9 @@ from ssiuu.data.prompts import PromptFormat
 from ssiuu.evaluation.likelihood import FactScores
 from ssiuu.methods.base import Batch, UnlearnData
 from ssiuu.methods.klue import Klue
-from ssiuu.methods.registry import make
 from ssiuu.models.load import load_model
 from ssiuu.options import UnlearnOptions
+from ssiuu.pairs import make
 from tests.support.models import PARTS, SIZES, tiny_model
 from tests.support.small_runs import assert_resumes_bit_for_bit, by, lines, weights
 

@@ -6,10 +6,10 @@ import torch
 import ssiuu_kernels as sk
 from ssiuu.data.prompts import Encoded, PromptFormat
 from ssiuu.methods.base import UnlearnData
-from ssiuu.methods.registry import make
 from ssiuu.models.load import load_model
+from ssiuu.optimizers import OptimizerOptions
 from ssiuu.options import UnlearnOptions
-from ssiuu.training.optimizers import OptimizerOptions
+from ssiuu.pairs import make
 from ssiuu.training.schedule import Part, Schedule
 from ssiuu.training.step_log import StepRecord
 from ssiuu.training.trainer import RecordedTrainer, training_arguments

@@ -7,10 +7,10 @@ import ssiuu_kernels as sk
 from ssiuu.commands import unlearn as unlearn_module
 from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.prompts import PromptFormat
-from ssiuu.methods.registry import make
 from ssiuu.models.load import load_model
+from ssiuu.optimizers import OptimizerOptions
 from ssiuu.options import UnlearnOptions
-from ssiuu.training.optimizers import OptimizerOptions
+from ssiuu.pairs import make
 from ssiuu.training.schedule import Part, Schedule
 from ssiuu.training.step_log import StepRecord
 from ssiuu.training.trainer import training_arguments

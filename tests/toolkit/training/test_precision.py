@@ -1,6 +1,7 @@
 """What the types of weights and of autocast do to training: rounding, refusals, and nothing left for the next run."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ssiuu.commands.finetune import finetune
 from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.models.load import load_model
+from ssiuu.options import FinetuneOptions
 from ssiuu.runs.folder import Run
 from ssiuu.training.schedule import Part, Schedule
 from ssiuu.training.step_log import StepRecord
@@ -43,9 +45,10 @@ def test_bfloat16_weights_move_as_float32_ones_do(narrow, model_dir, tmp_path, m
 
 
 def test_finetuned_bfloat16_weights_move_too(model_dir, facts_file, tmp_path):
-    options = {"model": str(model_dir), "facts": str(facts_file), "steps": 12}
+    options = FinetuneOptions(model=str(model_dir), facts=str(facts_file), steps=12)
     moved = [
-        movement(finetune(tmp_path / dtype, dtype=dtype, **options), model_dir) for dtype in ("bfloat16", "float32")
+        movement(finetune(replace(options, dtype=dtype), tmp_path / dtype), model_dir)
+        for dtype in ("bfloat16", "float32")
     ]
     assert moved[0] @ moved[1] / moved[1].norm() ** 2 == pytest.approx(1, abs=0.15)
 
@@ -97,7 +100,7 @@ def test_float16_weights_are_refused(options, tmp_path, method):
     with pytest.raises(ValueError, match=r"dtype='float16' cannot be trained.*use --dtype bfloat16, or float32 with"):
         unlearn(by(options, method, dtype="float16"), tmp_path / "run")
     with pytest.raises(ValueError, match="dtype='float16' cannot be trained"):
-        finetune(tmp_path / "run", dtype="float16")
+        finetune(FinetuneOptions(dtype="float16"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -9,10 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from ssiuu.report import figures as plots
-from ssiuu.report import page as report
-from ssiuu.report.style import line_of
-from ssiuu.runs import read as records
+from ssiuu.report.page import write_report
+from ssiuu.report.table import summary_table, table_rows
+from ssiuu.runs.read import read_runs
 from tests.support.run_folders import write_run
 
 FIGURES = {"overview", "influence", "modules", "attacks", "training"}
@@ -42,14 +41,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    return [write_run(folder / "first", "gd"), write_run(folder / "second", "ssiuu", strength=0.4)]
-
-
-@pytest.fixture(scope="module")
 def written(runs, tmp_path_factory):
-    path = report.write_report(runs, tmp_path_factory.mktemp("report") / "new")
+    path = write_report(runs, tmp_path_factory.mktemp("report") / "new")
     return path, Page(path.read_text(encoding="utf-8"))
 
 
@@ -76,9 +69,9 @@ def test_page_holds_every_figure_as_written_beside_it(written):
 def test_page_markdown_and_terminal_show_the_same_cells(runs, written):
     path, page = written
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.summary_table(runs))
+    console.print(summary_table(runs))
     terminal, markdown = console.export_text(), (path.parent / "table.md").read_text(encoding="utf-8")
-    rows = report.table_rows(records.read_runs(runs))
+    rows = table_rows(read_runs(runs))
     assert "1.00 → 0.33" in page.cells
     assert "share 0.25" in page.cells
     assert "28.6, 0.245" in page.cells
@@ -100,59 +93,19 @@ def test_numbers_in_json(runs, written):
     assert first["diagnosis"] == json.loads((runs[0] / "diagnosis.json").read_text())
 
 
-def test_attacks_are_means_over_learning_rates_of_the_maximum(runs):
-    record = records.read_runs(runs[:1])[0]
-    maxima = [json.loads(file.read_text())["max_fs"] for file in (runs[0] / "attacks").glob("harmful-0.3-*.json")]
-    summary = report.attack_summary(record, ("harmful", 0.3))
-    assert len(maxima) == summary["attacks"] == 2
-    assert summary["max_fs"] == pytest.approx(sum(maxima) / 2)
-
-
 def test_parts_not_run_are_marked(tmp_path):
     run = write_run(tmp_path / "run", "ssiuu", attacks=False, diagnosis=False)
     (run / "evaluation.json").unlink()
-    page = Page(report.write_report([run], tmp_path / "report").read_text())
+    page = Page(write_report([run], tmp_path / "report").read_text())
     assert {file.stem for file in (tmp_path / "report").glob("*.png")} == {"training"}
     for name in ("FS", "any: FS", "of", "D+, erased"):
         assert page.cells[page.cells.index(name) + 1] == "not run"
 
 
-def test_a_run_without_what_another_has(runs, tmp_path):
-    bare = write_run(tmp_path / "bare", "ssiuu", attacks=False, diagnosis=False)
-    rows = {row.name: row.cells for row in report.table_rows(records.read_runs([runs[0], bare]))}
-    assert rows["D-, hidden"][1] == rows["benign: FS"][1] == "not run"
-    assert "not run" not in (rows["D-, hidden"][0], rows["benign: FS"][0])
-    assert set(plots.draw_all(records.read_runs([runs[0], bare]))) == FIGURES
-
-
-def test_small_probabilities_are_not_shown_as_none(tmp_path):
-    run = write_run(tmp_path / "run", "gd")
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    evaluation["after"]["forget_probability"] = 2e-6
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
-    rows = {row.name: row.cells for row in report.table_rows(records.read_runs([run]))}
-    assert rows["P(answer), forget"] == ["0.400 → <0.001"]
-
-
-def test_runs_of_one_method_are_told_apart(tmp_path):
-    found = records.read_runs([write_run(tmp_path / name, "ssiuu") for name in ("weak", "strong")])
-    assert [record.label for record in found] == ["SSIUU (weak)", "SSIUU (strong)"]
-    assert line_of(found[0])["color"] == line_of(found[1])["color"]
-    assert line_of(found[0])["linestyle"] != line_of(found[1])["linestyle"]
-
-
-def test_mean_curve_keeps_to_the_steps_that_all_have():
-    measured = ({0: 0.2, 1: 0.2, 2: 0.2}, {0: 0.4, 2: 0.4})
-    attacks = [{"steps": [{"step": step, "fs": fs} for step, fs in points.items()]} for points in measured]
-    steps, values = plots.mean_curve(attacks, "fs")
-    assert steps == [0, 2]
-    assert values == pytest.approx([0.3, 0.3])
-
-
 def test_text_from_files_is_escaped(tmp_path):
     run = write_run(tmp_path / "run", "gd")
     _change(run, model="<b>org/model</b>")
-    text = report.write_report([run], tmp_path / "report").read_text()
+    text = write_report([run], tmp_path / "report").read_text()
     assert "<b>" not in text
     assert "&lt;b&gt;org/model" in text
 
@@ -189,11 +142,6 @@ def test_refusals_are_one_line(tmp_path, spoil, message):
     pair = [write_run(tmp_path / name, "gd") for name in ("first", "second")]
     spoil(pair[1])
     with pytest.raises(ValueError, match=message) as error:
-        report.write_report(pair, tmp_path / "report")
+        write_report(pair, tmp_path / "report")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "report").exists()
-
-
-def test_no_runs():
-    with pytest.raises(ValueError, match="run_dirs is empty"):
-        report.summary_table([])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -67,21 +66,6 @@ def say_rounding() -> None:
         "bfloat16 weights are rounded stochastically: rounding to the nearest would drop almost every update at these "
         "learning rates (--dtype float32 with --bf16 keeps float32 weights)"
     )
-
-
-def check_learning_rate(rate: float) -> None:
-    """Raise a ValueError for a learning rate that is not a positive, finite number."""
-    if not 0 < rate < math.inf:
-        raise ValueError(f"learning_rate={rate}; expected a positive number")
-
-
-def check_weights_dtype(dtype: str) -> None:
-    """Raise a ValueError for weights that cannot be trained."""
-    if dtype == "float16":
-        raise ValueError(
-            "dtype='float16' cannot be trained: AdamW's eps and second moments vanish in it; "
-            "use --dtype bfloat16, or float32 with --bf16"
-        )
 
 
 def check_update_in_backward(accumulate: int, max_grad_norm: float = 0.0) -> None:

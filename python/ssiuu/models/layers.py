@@ -1,0 +1,147 @@
+"""The parts of a causal language model, found by structure: its decoder layers, their MLPs, final norm and head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssiuu_kernels.modules.recognise import Mlp, attention_outputs, find_mlps
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in order: the entries of the one ModuleList in which each holds an attention and an MLP.
+
+    An MLP that the kernels cannot serve (quantised, adapted, patched already, a mixture of experts) counts too.
+
+    Raises:
+        ValueError: a model without such a list, or with several (an encoder and a decoder, a vision tower).
+    """
+    return list(model.get_submodule(_layers_name(model)))
+
+
+def layer_mlp(layer: nn.Module) -> Mlp:
+    """The MLP of a decoder layer, whose `projections` end with the down projection.
+
+    Its form says what comes before: "gated" (gate, up), "packed" (one projection, whose first half of outputs is the
+    gate) or "ungated" (up). Weights are `[out, in]`; those of GPT-2's Conv1D are `[in, out]`.
+
+    Raises:
+        ValueError: a layer without an MLP of a known form, with several, or a patched one.
+    """
+    found, skipped = find_mlps(layer)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    reason = next(iter(skipped.values()), f"it has {len(found)} MLPs of a known form")
+    raise ValueError(f"{type(layer).__name__} needs one MLP of plain linear projections: {reason}")
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last decoder layer and the output head: beside the layers, with weights of one dimension.
+
+    Where there are two (Bloom has one behind its embeddings), it is the one after the layers.
+
+    Raises:
+        ValueError: none, or several; see also `decoder_layers`.
+    """
+    parent, _, name = _layers_name(model).rpartition(".")
+    children = dict(model.get_submodule(parent).named_children())
+    norms = [child for child, module in children.items() if _is_norm(module)]
+    if len(norms) > 1:
+        places = list(children)
+        norms = [norm for norm in norms if places.index(norm) > places.index(name)]
+    if len(norms) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(norms)} norms after its decoder layers; expected one, before the output "
+            "head"
+        )
+    return children[norms[0]]
+
+
+class LogitLens:
+    """The model's final norm and output head, applied to the residual stream after any decoder layer.
+
+    Args:
+        model: a causal language model.
+
+    Raises:
+        ValueError: see `final_norm`; a model without an output head.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.norm, self.head = final_norm(model), model.get_output_embeddings()
+        if self.head is None:
+            raise ValueError(f"{type(model).__name__} has no output head; expected a causal language model")
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits `[..., V]` of states `[..., D]`."""
+        return self.head(self.norm(states))
+
+    def check(self, last_states: Tensor, logits: Tensor) -> None:
+        """Raise a ValueError unless this gives the model's logits `[..., V]` from the last layer's states `[..., D]`.
+
+        A model may scale or cap its logits, or project states between norm and head; its lens would have to as well.
+        """
+        wrong = self.head.in_features != last_states.shape[-1]
+        if not wrong:
+            distance, largest = (self(last_states) - logits).abs().max(), logits.abs().max()
+            wrong = not distance <= max(1e-3, 4 * torch.finfo(logits.dtype).eps) * largest
+        if wrong:
+            raise ValueError(
+                "the model's logits are not its output head on its final norm (it caps or scales them, or projects "
+                "between); expected a model without that"
+            )
+
+
+@contextmanager
+def recorded_states(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The residual stream `[B, S, D]` after each of these decoder layers, filled in by a forward of the model inside.
+
+    States have the graph of that forward, also where it is checkpointed.
+    """
+    states: list[Tensor] = [None] * len(layers)
+
+    def recorder(index: int):
+        def record(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+            states[index] = output[0] if isinstance(output, tuple) else output
+
+        return record
+
+    hooks = [layer.register_forward_hook(recorder(index)) for index, layer in enumerate(layers)]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers_name(model: nn.Module) -> str:
+    found, skipped = find_mlps(model)
+    mlps, attentions = [*found, *skipped], [name for name, _, _ in attention_outputs(model)]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(_holds(f"{name}.{i}", mlps) and _holds(f"{name}.{i}", attentions) for i in range(len(module)))
+    ]
+    if len(names) != 1:
+        listed = f" ({', '.join(names)})" if names else ""
+        raise ValueError(
+            f"{type(model).__name__} has {len(names)} lists of layers with an attention and an MLP each{listed}; "
+            "expected one, as a decoder has"
+        )
+    return names[0]
+
+
+def _holds(name: str, parts: Sequence[str]) -> bool:
+    """Whether one of these parts is the module of this name, or inside it."""
+    return any(part == name or part.startswith(f"{name}.") for part in parts)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    params = list(module.parameters())
+    return bool(params) and all(param.dim() == 1 for param in params)

@@ -1,0 +1,18 @@
+"""Which figures made-up run folders have data for, and how their lines look."""
+
+from ssiuu.report.figures import draw_all
+from ssiuu.report.style import line_of
+from ssiuu.runs.read import read_runs
+from tests.support.run_folders import write_run
+
+
+def test_every_figure_is_drawn_though_a_run_has_no_data_for_some(runs, tmp_path):
+    bare = write_run(tmp_path / "bare", "ssiuu", attacks=False, diagnosis=False)
+    found = draw_all(read_runs([runs[0], bare]))
+    assert set(found) == {"overview", "influence", "modules", "attacks", "training"}
+
+
+def test_runs_of_one_method_share_a_colour_and_differ_in_the_line(tmp_path):
+    first, second = (line_of(r) for r in read_runs([write_run(tmp_path / name, "ssiuu") for name in ("a", "b")]))
+    assert first["color"] == second["color"]
+    assert first["linestyle"] != second["linestyle"]

@@ -1,0 +1,17 @@
+"""Reading made-up run folders."""
+
+import pytest
+
+from ssiuu.runs.read import read_runs
+from tests.support.run_folders import write_run
+
+
+def test_runs_of_one_method_are_told_apart(tmp_path):
+    found = read_runs([write_run(tmp_path / name, "ssiuu") for name in ("weak", "strong")])
+    assert [record.label for record in found] == ["SSIUU (weak)", "SSIUU (strong)"]
+    assert [record.style for record in found] == [0, 1]
+
+
+def test_no_runs():
+    with pytest.raises(ValueError, match="run_dirs is empty"):
+        read_runs([])
