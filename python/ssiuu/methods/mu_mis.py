@@ -69,10 +69,11 @@ class MuMis(Method):
         delta = self.options.mu_mis_delta
         if not 0 < delta <= 1:
             raise ValueError(f"mu_mis_delta={delta}; expected a fraction of the start, above 0 and at most 1")
+        _check_attention(run.attn_implementation)
         if run.gradient_checkpointing:
             raise ValueError(
-                "gradient_checkpointing=True with method 'mu-mis', whose second derivatives would run the model's "
-                "forward again outside of its own modules; leave it out, and use a smaller --forget-batch"
+                "gradient_checkpointing=True with method 'mu-mis', whose second derivatives cannot go through "
+                "checkpointed layers; to save memory, use a smaller --forget-batch with --accumulate instead"
             )
 
     def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, data: UnlearnData) -> None:
@@ -82,12 +83,7 @@ class MuMis(Method):
             ValueError: an attention without second derivatives.
         """
         super().setup(model, handle, data)
-        attention = getattr(model.config, "_attn_implementation", None) or ATTENTIONS[0]
-        if attention not in ATTENTIONS:
-            raise ValueError(
-                f"the model's attention is {attention!r}, and method 'mu-mis' needs second derivatives; expected "
-                f"attn_implementation {' or '.join(map(repr, ATTENTIONS))}"
-            )
+        _check_attention(getattr(model.config, "_attn_implementation", None))
         self._draws = torch.Generator().manual_seed(data.seed)
         self._start = torch.full((len(data.forget_samples),), math.nan, dtype=torch.float64)
         self._last = self._start.clone()
@@ -100,15 +96,23 @@ class MuMis(Method):
         return Loss((answer - other).mean(), None)
 
     def sensitivities(self, batch: Batch) -> Sensitivities:
-        """Of every sample of the batch, with their graph; other tokens are drawn again with every call."""
+        """Of every sample of the batch, with their graph; other tokens are drawn again with every call.
+
+        Raises:
+            ValueError: a model that runs its input embeddings more than once.
+        """
         answers = find_answers(batch.labels)
         with self.handle.suspended(), sdpa_kernel(SDPBackend.MATH), _input_embeddings(self.model) as found:
             logits = self.forward(batch).flatten(0, 1)[answers.rows]
-            (embeddings,) = found
+            if len(found) != 1:
+                raise ValueError(
+                    f"{type(self.model).__name__} ran its input embeddings {len(found)} times in a forward; method "
+                    "'mu-mis' expects once"
+                )
             others = self._other_tokens(answers.tokens, logits.shape[-1])
             return Sensitivities(
-                answer=_sensitivity(logits, answers.tokens, answers, embeddings),
-                other=_sensitivity(logits, others, answers, embeddings),
+                answer=_sensitivity(logits, answers.tokens, answers, found[0]),
+                other=_sensitivity(logits, others, answers, found[0]),
             )
 
     def _other_tokens(self, tokens: Tensor, vocabulary: int) -> Tensor:
@@ -138,6 +142,14 @@ class MuMis(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._draws.set_state(state["draws"])
         self._start, self._last, self._has_fallen = state["start"], state["last"], state["has_fallen"]
+
+
+def _check_attention(attention: str | None) -> None:
+    if attention not in (None, *ATTENTIONS):
+        raise ValueError(
+            f"attn_implementation={attention!r} with method 'mu-mis', which needs second derivatives; expected "
+            f"{' or '.join(map(repr, ATTENTIONS))}"
+        )
 
 
 @contextmanager

@@ -10,12 +10,12 @@ import ssiuu_kernels as sk
 from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.facts import Fact, Split
 from ssiuu.data.prompts import PromptFormat
-from ssiuu.methods.base import Batch, UnlearnData
 from ssiuu.methods.mu_mis import MuMis
-from ssiuu.methods.registry import make
 from ssiuu.options import UnlearnOptions
+from ssiuu.pairs import make
 from tests.support.models import tiny_model
-from tests.support.small_runs import assert_resumes_bit_for_bit, by, lines
+from tests.support.small_runs import assert_resumes_bit_for_bit, by, lines, weights
+from tests.support.unlearn_data import batch_of, data_of
 
 FORGET = [
     Fact("where ann born", "rome"),
@@ -30,20 +30,12 @@ OPTIONS = {"parameter": {"scope": "all"}, "neuron": {"level": "neuron", "forget_
 
 @pytest.fixture
 def data(loaded):
-    return data_of(PromptFormat(loaded[1], 0))
-
-
-def data_of(prompts, seed=0):
-    samples = (prompts.encode_facts(facts) for facts in (FORGET, RETAIN))
-    return UnlearnData(FORGET, RETAIN, *samples, prompts=prompts, seed=seed)
+    return data_of(PromptFormat(loaded[1], 0), FORGET, RETAIN)
 
 
 @pytest.fixture
 def batch(data):
-    samples = [*data.forget_samples, *data.retain_samples]
-    forget = torch.tensor([True, True, True, False])
-    return Batch(**data.prompts.collate(samples), forget=forget, companion=torch.zeros_like(forget),
-                 ids=torch.tensor([0, 1, 2, 0]), forget_tokens=6.0, retain_tokens=4.0)  # fmt: skip
+    return batch_of(data, [0, 1, 2], [0])
 
 
 def mu_mis(**settings):
@@ -73,6 +65,13 @@ def norms_by_formula(model, samples, others):
     return torch.stack(found[::2]), torch.stack(found[1::2])
 
 
+def assert_near(grads, expected):
+    """Each is as expected but for rounding, float32's in transformers' softmax; keys' biases have nothing but that."""
+    room = 1e-6 * torch.stack([grad.norm() for grad in expected]).norm()
+    for actual, grad in zip(grads, expected, strict=True):
+        assert ((0 if actual is None else actual) - grad).norm() < 1e-5 * grad.norm() + room
+
+
 @pytest.mark.parametrize("level", OPTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_norms_and_the_gradient_are_the_formula(data, batch, others, family, level):
@@ -87,10 +86,25 @@ def test_the_norms_and_the_gradient_are_the_formula(data, batch, others, family,
         method.loss(batch).value.backward()
     assert torch.allclose(found.answer, answer, rtol=1e-5)
     assert torch.allclose(found.other, other, rtol=1e-5)
-    # Some are 0 but for rounding (of keys' biases): transformers' softmax is float32's.
-    room = 1e-6 * torch.stack([grad.norm() for grad in expected]).norm()
-    for (name, param), grad in zip(model.named_parameters(), expected, strict=True):
-        assert ((0 if param.grad is None else param.grad) - grad).norm() < 1e-5 * grad.norm() + room, name
+    assert_near([param.grad for param in model.parameters()], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_penalty_gets_the_gradient_of_the_probabilities(data, batch, others, family):
+    model = tiny_model(family, torch.float64).eval()
+    plain = copy.deepcopy(model)
+    method, regularizer = make(UnlearnOptions(method="mu-mis", regularizer="ssiuu"))
+    logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    probability = sk.sequence_log_probs(logits, batch.labels)[batch.forget].exp().sum()
+    targets = torch.autograd.grad(probability, list(plain.parameters()), materialize_grads=True)
+    with sk.patch(model, scope="all") as handle:
+        method.setup(model, handle, data)
+        regularizer.setup(model, handle, method, data)
+        params = list(model.parameters())
+        grads = torch.autograd.grad(method.loss(batch).value, params, materialize_grads=True)
+        regularizer.loss(batch).backward()
+        assert_near([param.target_grad for param in params], targets)
+        assert_near([param.grad for param in params], grads)
 
 
 def test_frozen_embeddings_change_nothing_else(data, batch, others):
@@ -143,7 +157,7 @@ def test_other_tokens_are_drawn_by_the_seed(data):
     tokens = torch.zeros(40, dtype=torch.int64)
     assert torch.equal(drawn(data, tokens, 2), drawn(data, tokens, 2))
     assert not torch.equal(*drawn(data, tokens, 2))
-    assert not torch.equal(drawn(data_of(data.prompts, seed=1), tokens, 1), drawn(data, tokens, 1))
+    assert not torch.equal(drawn(data_of(data.prompts, FORGET, RETAIN, seed=1), tokens, 1), drawn(data, tokens, 1))
 
 
 COURSES = {
@@ -201,6 +215,14 @@ def test_a_run_lowers_the_loss(options, tmp_path, monkeypatch, regularizer):
     assert found[2] < found[1] < found[0]
 
 
+def test_updates_in_backward_change_no_bit(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssiuu_kernels.optim.update_in_backward.WAITING", 100)
+    options = by(options, "mu-mis", "ssiuu", max_steps=3, penalty_weight=1e4)
+    during = weights(unlearn(options.replace(update_in_backward=True), tmp_path / "during"))
+    after = weights(unlearn(options, tmp_path / "after"))
+    assert all(torch.equal(during[name], after[name]) for name in after)
+
+
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_killed_run_resumes_bit_for_bit(options, tmp_path, monkeypatch, step, regularizer):
@@ -224,6 +246,10 @@ BAD = {
     "no fraction": ("mu_mis_delta=0.0; expected a fraction", {"mu_mis_delta": 0.0}),
     "above the start": ("mu_mis_delta=1.5; expected a fraction", {"mu_mis_delta": 1.5}),
     "not a number": ("mu_mis_delta=nan; expected a fraction", {"mu_mis_delta": math.nan}),
+    "an attention": (
+        "attn_implementation='flash_attention_2' with method",
+        {"attn_implementation": "flash_attention_2"},
+    ),
     "checkpointing": ("gradient_checkpointing=True with method 'mu-mis'", {"gradient_checkpointing": True}),
 }
 
@@ -236,6 +262,19 @@ def test_bad_options_are_refused_before_a_model_is_loaded(options, tmp_path, mes
 
 def test_an_attention_without_second_derivatives(data):
     model = tiny_model()
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="attention is 'flash_attention_2', and method 'mu-mis' needs second deriv"):
+    model.config._attn_implementation = "flash"
+    with pytest.raises(ValueError, match="attn_implementation='flash' with method 'mu-mis', which needs second"):
         mu_mis().setup(model, None, data)
+
+
+def test_embeddings_that_run_twice(data, batch):
+    model, method = tiny_model(), mu_mis()
+
+    def run_them(model, _):
+        model.get_input_embeddings()(batch.input_ids)
+
+    model.register_forward_pre_hook(run_them)
+    with sk.patch(model, scope="all") as handle:
+        method.setup(model, handle, data)
+        with pytest.raises(ValueError, match="LlamaForCausalLM ran its input embeddings 2 times in a forward"):
+            method.loss(batch)
