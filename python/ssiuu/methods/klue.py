@@ -60,11 +60,12 @@ def neuron_parameters(mlp: Mlp) -> Iterator[NeuronParameter]:
 
 @register_method
 class Klue(GradientDifference):
-    """KLUE: GD that trains a fraction of the MLP neurons alone, those most particular to the forget facts.
+    """KLUE: GD that trains only a fraction of the MLP neurons, those most particular to the forget facts.
 
     A neuron's score is `sum_(q, a) [ I(q, a) - alpha / N sum_(q') I(q', a) ]` over the forget facts, with N other
     questions q' to each, and `I(q, a) = max over tokens of h dP(a|q)/dh`. It is computed once, before unlearning. The
-    neurons with the highest scores train: their rows of gate and up, the biases of these, and their columns of down.
+    neurons with the highest scores of all layers train: their rows of gate and up, the biases of these, and their
+    columns of down.
     A forget fact whose own score is at or below the run's threshold (with options: it is answered wrongly) leaves the
     batches, and comes back when it is answered again. Yang et al. 2025, arXiv 2502.19207, as SSIUU's paper uses it.
     """
@@ -171,7 +172,10 @@ class Klue(GradientDifference):
         return samples, weights
 
     def chosen(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """bool `[neurons]` of each MLP: those that train, the highest scores of all MLPs together."""
+        """bool `[neurons]` of each MLP: those that train, with the highest scores of all MLPs together.
+
+        Of neurons with equal scores, as relu gives, those of earlier layers come first.
+        """
         every = torch.cat(list(scores.values()))
         number = max(1, round(self.options.klue_fraction * len(every)))
         chosen = torch.zeros_like(every, dtype=torch.bool)

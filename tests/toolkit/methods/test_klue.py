@@ -14,13 +14,13 @@ from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.facts import Fact, Split
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.evaluation.likelihood import FactScores
-from ssiuu.methods.base import Batch, UnlearnData
 from ssiuu.methods.klue import Klue
 from ssiuu.models.load import load_model
 from ssiuu.options import UnlearnOptions
 from ssiuu.pairs import make
 from tests.support.models import PARTS, SIZES, tiny_model
 from tests.support.small_runs import assert_resumes_bit_for_bit, by, lines, weights
+from tests.support.unlearn_data import batch_of, data_of
 
 FORGET = [Fact("where ann born", "rome", ("oslo",)), Fact("where bob born", "oslo lima", ("rome",))]
 RETAIN = [Fact("where cid lives", "lima", ("rome",)), Fact("where dee lives", "lima", ("rome",))]
@@ -50,24 +50,11 @@ NEURONS = {
 
 @pytest.fixture
 def data(loaded):
-    return data_of(PromptFormat(loaded[1], 0))
-
-
-def data_of(prompts, forget=FORGET, retain=RETAIN, seed=0):
-    samples = (prompts.encode_facts(facts) for facts in (forget, retain))
-    return UnlearnData(forget, retain, *samples, prompts=prompts, seed=seed)
+    return data_of(PromptFormat(loaded[1], 0), FORGET, RETAIN)
 
 
 def klue(**settings):
     return make(UnlearnOptions(method="klue", settings={"klue_questions": QUESTIONS, **settings}))[0]
-
-
-def batch_of(data, forget, retain):
-    samples = [data.forget_samples[i] for i in forget] + [data.retain_samples[i] for i in retain]
-    chosen = torch.arange(len(samples)) < len(forget)
-    tokens = [float(sum(len(s.answer) for s in part)) for part in (samples[: len(forget)], samples[len(forget) :])]
-    return Batch(**data.prompts.collate(samples), forget=chosen, companion=torch.zeros_like(chosen),
-                 ids=torch.tensor([*forget, *retain]), forget_tokens=tokens[0], retain_tokens=tokens[1])  # fmt: skip
 
 
 def down_projections(model, family):
