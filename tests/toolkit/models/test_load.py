@@ -171,3 +171,71 @@ def test_a_file_of_weights_that_was_cut_off(model_dir, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"model {file.parent} could not be loaded: .*complete safetensors"):
         load_model(file.parent)
+
+
+def test_attention_is_the_one_that_was_asked_for(model_dir):
+    for name in ("eager", "sdpa"):
+        model, _ = load_model(model_dir, attn_implementation=name)
+        assert model.config._attn_implementation == name
+
+
+def test_an_unknown_attention_is_refused(model_dir):
+    with pytest.raises(ValueError, match=r"could not be loaded: .*magic"):
+        load_model(model_dir, attn_implementation="magic")
+
+
+@pytest.mark.parametrize("name", ["auto", None])
+def test_a_device_map_of_one_device_trains(options, tmp_path, name):
+    run = unlearn(options.replace(max_steps=1, device_map=name), tmp_path / "run")
+    assert run.read("config.json")["device_map"] == name
+
+
+def test_a_device_map_that_offloads_is_refused(model_dir):
+    with pytest.raises(ValueError, match=r"device_map='meta' puts weights on meta; expected all on \w+(:\d)?, since"):
+        load_model(model_dir, device_map="meta")
+
+
+@pytest.mark.parametrize("name", ["folder", "smollm2"])
+def test_a_revision_of_a_local_model_is_refused(model_dir, monkeypatch, name):
+    monkeypatch.setattr("ssiuu.models.load.packaged_model", lambda: model_dir)
+    with pytest.raises(ValueError, match=r"revision='main' of .*, which is local; expected a hub name, or no revision"):
+        load_model(model_dir if name == "folder" else name, revision="main")
+
+
+def test_a_revision_reaches_the_hub(monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options["revision"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr("ssiuu.models.load.AutoTokenizer.from_pretrained", download)
+    with pytest.raises(ValueError, match="model somebody/model could not be loaded: no network"):
+        load_model("somebody/model", revision="v2")
+    assert asked == [("somebody/model", "v2")]
+
+
+COMMANDS = {
+    "evaluate": (evaluate_run, True),
+    "diagnose": (lambda folder: diagnose_runs([folder]), True),
+    "attack": (lambda folder: attack_run(folder, [Attack("harmful", 0.3, 1e-3, steps=1)]), False),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_load_models_as_the_run_did(options, tmp_path, monkeypatch, command):
+    call, needs_base = COMMANDS[command]
+    run = unlearn(options.replace(max_steps=1), tmp_path / "run")
+    recorded = {"revision": "v2", "attn_implementation": "eager", "device_map": None, "trust_remote_code": True}
+    run.write("config.json", {**run.read("config.json"), **recorded})
+    loaded = []
+
+    def load(name, **how):
+        loaded.append((str(name), how))
+        return load_model(name, **{**how, "revision": None})
+
+    monkeypatch.setattr(f"ssiuu.commands.{command}.load_model", load)
+    call(run.path)
+    how = {**recorded, "dtype": "float32"}
+    base, unlearned = (options.model, how), (str(run.model), {**how, "revision": None})
+    assert loaded == [base, unlearned][not needs_base :]

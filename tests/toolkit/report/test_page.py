@@ -133,6 +133,7 @@ def _cut_attack(run):
         (_no_run, r"second has no config.json"),
         (lambda run: _change(run, status="running"), r"second is not finished"),
         (lambda run: _change(run, model="other"), r"different models \(.*first from smollm2, .*second from other\)"),
+        (lambda run: _change(run, revision="v2"), r"first from smollm2, .*second from smollm2 at v2\)"),
         (_cut_metrics, r"metrics.jsonl is not JSON lines"),
         (_cut_attack, r"benign-None-1e-05.json is not JSON"),
         (lambda run: (run / "diagnosis.safetensors").unlink(), r"diagnosis.safetensors is missing"),
