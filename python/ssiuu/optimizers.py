@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ssiuu_kernels as sk
 
@@ -44,13 +44,14 @@ class RoundedAdamW(sk.SsiuuAdamW):
             params, lr=options.learning_rate, weight_decay=options.weight_decay, penalty_weight=0.0,
             stochastic_rounding=True, seed=options.seed,
         )  # fmt: skip
+        # Not by a `step` of its own: torch runs a step's hooks in every class whose `step` is called, so twice.
+        self.register_step_pre_hook(_set_empty_target)
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.target_grad = None if param.grad is None else torch.zeros_like(param.grad)
-        return super().step(closure)
+
+def _set_empty_target(optimizer: torch.optim.Optimizer, *_) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.target_grad = None if param.grad is None else torch.zeros_like(param.grad)
 
 
 def adamw(params: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:

@@ -88,3 +88,17 @@ class Regularizer(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the run trains."""
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+def refuse_bfloat16(name: str, run: UnlearnOptions, lost: str) -> None:
+    """Raise a ValueError for bfloat16 weights, in which changes far below a step's round away."""
+    if run.dtype == "bfloat16":
+        raise ValueError(
+            f"dtype='bfloat16' with regularizer={name!r}, whose {lost} are lost in the rounding of such weights; use "
+            "--dtype float32 with --bf16"
+        )

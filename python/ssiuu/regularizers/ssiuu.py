@@ -29,6 +29,11 @@ def check_penalty(weight: float, target: str) -> None:
         raise ValueError(f"penalty_weight={weight}; expected at most {LARGEST:g}")
 
 
+def forget_per_step(run: UnlearnOptions, facts: int) -> int:
+    """Forget samples in an optimizer step of this run, for a forget set of this size."""
+    return (run.forget_batch or facts) * run.accumulate
+
+
 @register_regularizer
 class Ssiuu(Regularizer):
     """`J = L + lambda R_t` on every trainable scalar of a model; L is any method's loss."""
