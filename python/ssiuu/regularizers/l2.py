@@ -26,8 +26,8 @@ class L2(Regularizer):
     """`J = L + l2_weight ||W - W0||^2`, where W0 are the weights before unlearning.
 
     Its gradient, `2 l2_weight (W - W0)`, is added to `grad` right before the optimizer's step, so that it passes
-    through AdamW's moments as the gradient of `L` does (decoupled weight decay does not). Li et al. 2018, arXiv 1802.01483
-    (L2-SP), have the same term with `alpha / 2` as its factor.
+    through AdamW's moments as the gradient of `L` does (decoupled weight decay does not). Li et al. 2018 (L2-SP,
+    arXiv 1802.01483) have the same term with `alpha / 2` as its factor.
 
     Memory: W0 takes as much as the trained parameters, beside them on their device, as SSIUU's A_{t-1} does.
     """
