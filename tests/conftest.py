@@ -26,11 +26,12 @@ torch.set_num_threads(1)
 
 
 def _revision() -> str:
-    """What the random inputs of a run are drawn by: new ones with every commit, the same for all who test that commit.
+    """What the random inputs of a run are drawn by: new ones with every commit that changes code, the same for all who
+    test that code.
 
     SSIUU_TEST_SEED, any text, draws others.
     """
-    command = ["git", "rev-parse", "HEAD"]
+    command = ["git", "rev-parse", *(f"HEAD:{folder}" for folder in ("csrc", "python", "ssiuu_kernels", "tests"))]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
     return os.environ.get("SSIUU_TEST_SEED", found.strip())
 

@@ -83,7 +83,8 @@ class UnlearnOptions(ModelOptions):
         evaluation_facts: retain facts scored along the way, at most.
         bf16: autocast to bfloat16.
         gradient_checkpointing: recompute activations, to save memory.
-        report_to: where the numbers of every step go besides the run folder: "none", "tensorboard" or "wandb".
+        report_to: where the numbers of every step go besides the run folder: "none", "tensorboard" (to checkpoints/runs
+            in the run folder) or "wandb".
         seed: of the draw of people, of the order of facts, and of the method's own choices.
         settings: options of the method and of the regularizer, by name; what is left out has its default.
     """

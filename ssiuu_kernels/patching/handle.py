@@ -151,8 +151,8 @@ class PatchHandle:
                 other lengths, say), whose samples then follow one another in `forget`.
             labels: int64 `[B, S]`, -100 is ignored; or a sequence.
             forget: bool `[B]`, true for forget samples.
-            objective: "ga", "gd", "npo", "dpo" (see `objectives.py`), or a callable (log_probs `[B]`, answer lengths
-                `[B]`, forget `[B]`) -> scalar.
+            objective: "ga", "gd", "npo", "simnpo", "dpo" (see `objectives.py`), or a callable (log_probs `[B]`, answer
+                lengths `[B]`, forget `[B]`) -> scalar.
             target: as in `attribute`; None computes no `target_grad`, for a backbone without a penalty.
             sample_ids: int64 `[B]`, for level "neuron": place of each sample in the forget set, each at most once in
                 a batch; what stands at retain samples is not read.

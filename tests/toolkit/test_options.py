@@ -155,7 +155,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("text", "said"), REFUSED.values(), ids=REFUSED)
-def test_a_file_is_refused_in_one_line(yaml_file, tmp_path, text, said):
+def test_a_file_is_refused_in_one_line(yaml_file, tmp_path, monkeypatch, text, said):
+    monkeypatch.delattr("ssiuu.commands.unlearn.unlearn")
     result = run("unlearn", "--config", yaml_file(text), "--out", tmp_path / "run")
     assert result.status == 2
     (line,) = result.output.splitlines()
