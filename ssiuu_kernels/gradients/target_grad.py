@@ -32,10 +32,11 @@ class TargetGradInfo:
         samples: forget samples that `target_grad` sums over; 0 where the batches had none, and `target_grad` is None.
         grad_version: the version of `param.grad` after the last of these backwards; None without a `grad`.
         scale: by which the last loss was multiplied before its backward, 0-dim, on its device.
+        task: autograd's number of that backward; None where it is not known.
     """
 
-    def __init__(self, samples: int, grad_version: int | None, scale: Tensor):
-        self.samples, self.grad_version, self.scale = samples, grad_version, scale
+    def __init__(self, samples: int, grad_version: int | None, scale: Tensor, task: int | None = None):
+        self.samples, self.grad_version, self.scale, self.task = samples, grad_version, scale, task
 
     def __reduce__(self):
         """A pickle or a copy of a parameter is one that no loss has met."""

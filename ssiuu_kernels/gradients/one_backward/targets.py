@@ -53,13 +53,16 @@ class Targets:
                 "backward, before anything can divide their gradients; put the factor into the objective, train in "
                 "bfloat16 without a GradScaler, or use update_in_backward=False"
             )
+        task = torch._C._current_graph_task_id()
         for param in self.params.values():
-            if _is_stale(param):
-                drop_target_grad(param)
             before = info_of(param)
+            # Another loss of this very backward may have come before its `grad`.
+            if (before is None or before.task != task) and _is_stale(param):
+                drop_target_grad(param)
+                before = None
             if before is not None and before.samples and samples:
                 self._warn_of_sum(scale)
-            param.target_grad_info = TargetGradInfo(samples + (before.samples if before else 0), None, scale)
+            param.target_grad_info = TargetGradInfo(samples + (before.samples if before else 0), None, scale, task)
         Variable._execution_engine.queue_callback(self._note_versions)  # when all of this backward is done
 
     @contextmanager

@@ -77,6 +77,19 @@ def test_both_gradients_accumulate():
     assert_equal_gradients({n: p.target_grad / 2 for n, p in model.named_parameters()}, expected)
 
 
+@pytest.mark.parametrize("engine", sk.ENGINES)
+def test_two_losses_in_one_backward_add_up(engine):
+    model, batch = tiny_model("torch_llama", torch.float64), tiny_batch()
+    handle = sk.patch(model, scope="all", engine=engine)
+    losses = [
+        handle.unlearning_loss(logits_of(model, batch), batch["labels"], FORGET, objective)
+        for objective in ("gd", "ga")
+    ]
+    expected = gradients(model, batch, TARGETS["prob"])
+    sum(losses).backward()
+    assert_equal_gradients({n: p.target_grad / 2 for n, p in model.named_parameters()}, expected)
+
+
 def test_scope_mlp_fills_the_patched_mlps_alone():
     model, batch = tiny_model(), tiny_batch()
     handle = sk.patch(model)

@@ -113,6 +113,16 @@ def test_micro_batches_add_up_and_a_factor_scales_the_loss_alone():
     assert watched.model.lm_head.weight.target_grad_info.scaled
 
 
+def test_two_terms_in_one_backward():
+    watched = Watched()
+    expected = watched.expected()
+    logits, loss = watched.forward()
+    total = loss + watched.term(logits)
+    logits, loss = watched.forward()
+    (total + loss + watched.term(logits)).backward()
+    assert_both(watched, expected, loss_scale=2.0, target_scale=2.0)
+
+
 def test_a_mask_on_a_parameter_masks_its_target_too():
     watched = Watched()
     expected = watched.expected()
