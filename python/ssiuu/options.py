@@ -52,7 +52,23 @@ def recorded_model(config: Mapping[str, Any]) -> ModelOptions:
 
 
 @dataclass(frozen=True)
-class UnlearnOptions(ModelOptions):
+class ProtocolOptions:
+    """How facts are asked and scored.
+
+    Attributes:
+        shots: worked examples in the prompt, 0 to 3.
+    """
+
+    shots: int = 2
+
+
+def recorded_protocol(config: Mapping[str, Any]) -> ProtocolOptions:
+    """The protocol of a run with this config.json, which lacks some options if an earlier version wrote it."""
+    return ProtocolOptions(**{name: config[name] for name in _names(ProtocolOptions) if name in config})
+
+
+@dataclass(frozen=True)
+class UnlearnOptions(ProtocolOptions, ModelOptions):
     """Options of an unlearning run.
 
     Attributes:
@@ -65,7 +81,6 @@ class UnlearnOptions(ModelOptions):
         forget_people: people to forget, drawn from facts.
         retain_people: people to keep, drawn from facts.
         known_probability: keep only facts that the model answers with at least this probability; None keeps all.
-        shots: worked examples in the prompt, 0 to 3.
         learning_rate: of AdamW; constant.
         weight_decay: of AdamW.
         engine: what makes the gradient of a penalty, "one-backward" or "two-backward" (as in the paper); the results
@@ -97,7 +112,6 @@ class UnlearnOptions(ModelOptions):
     forget_people: int = 4
     retain_people: int = 12
     known_probability: float | None = None
-    shots: int = 2
     learning_rate: float = 1e-5
     weight_decay: float = 0.0
     engine: str = "one-backward"
@@ -155,7 +169,7 @@ class UnlearnOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(ModelOptions):
+class FinetuneOptions(ProtocolOptions, ModelOptions):
     """Options of fine-tuning on facts.
 
     Attributes:
@@ -163,7 +177,6 @@ class FinetuneOptions(ModelOptions):
         steps: optimizer steps.
         batch_size: facts per step.
         learning_rate: of AdamW; constant.
-        shots: worked examples in the prompt, 0 to 3.
         seed: of the order of facts.
     """
 

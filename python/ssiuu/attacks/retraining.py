@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..data.facts import Fact
 from ..data.instructions import load_instructions
 from ..data.prompts import Encoded, PromptFormat
-from ..evaluation.likelihood import score_facts
+from ..evaluation.protocol import Protocol
 from ..evaluation.sets import named_means
 from ..options import RetrainingOptions, check_learning_rate
 from ..progress import Job
@@ -103,10 +103,11 @@ class Attack(RetrainingOptions):
         }
 
 
-def retrain(model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact], attack: Attack, bar: Job) -> dict:
+def retrain(model: PreTrainedModel, protocol: Protocol, forget: Sequence[Fact], attack: Attack, bar: Job) -> dict:
     """Train an unlearned model further as `attack` says, and score its forget facts on the way; changes the model.
 
     Args:
+        protocol: of the run.
         forget: the forget facts of the run.
         bar: moved on by one per step.
 
@@ -118,10 +119,10 @@ def retrain(model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact
         DivergedError: a loss or gradient that is not finite.
     """
     started = time.perf_counter()
-    samples, unseen = attack.data(prompts, forget)
+    samples, unseen = attack.data(protocol.prompts, forget)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
-        scores = score_facts(model, prompts, forget)
+        scores = protocol.score(model, forget)
         return named_means(scores, "forget") | (named_means(scores.of(unseen), "unseen") if unseen else {})
 
     steps = [{"step": 0, **evaluate(model)}]
@@ -133,7 +134,7 @@ def retrain(model: PreTrainedModel, prompts: PromptFormat, forget: Sequence[Fact
             bar.say(**{name: line[name] for name in ("fs", "forget_probability", "unseen_probability") if name in line})
 
     train_on(
-        model, prompts, samples, learning_rate=attack.learning_rate, steps=attack.steps,
+        model, protocol.prompts, samples, learning_rate=attack.learning_rate, steps=attack.steps,
         batch_size=attack.batch_size, seed=attack.seed, record=StepRecord(write, evaluate, attack.evaluate_every),
     )  # fmt: skip
     result = {

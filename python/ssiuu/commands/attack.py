@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..attacks.retraining import Attack, retrain
-from ..data.prompts import PromptFormat
-from ..models.load import load_model, position_limit
+from ..evaluation.protocol import Protocol
+from ..models.load import load_model
 from ..options import recorded_model
 from ..progress import job
 from ..runs.folder import Run
@@ -41,8 +41,8 @@ def attack_run(run_dir: str | Path, attacks: Sequence[Attack]) -> list[dict]:
     with run.work("attack"), job(f"attack {run.path.name}", steps) as bar:
         for attack in pending:
             model, tokenizer = load_model(run.model, **loading)
-            prompts = PromptFormat(tokenizer, config["shots"], position_limit(model))
-            run.write(f"attacks/{attack.name}.json", retrain(model, prompts, forget, attack, bar))
+            protocol = Protocol.of(config, model, tokenizer)
+            run.write(f"attacks/{attack.name}.json", retrain(model, protocol, forget, attack, bar))
     return [run.read(f"attacks/{attack.name}.json") for attack in attacks]
 
 

@@ -13,11 +13,10 @@ from rich.markup import escape
 
 from ..attacks.retraining import Attack
 from ..data.facts import Fact, Split, by_subject, check_split, load_facts
-from ..data.prompts import PromptFormat
 from ..data.sources import BUILTIN
 from ..evaluation.known import known_facts
-from ..evaluation.likelihood import score_facts
-from ..models.load import load_model, position_limit
+from ..evaluation.protocol import Protocol
+from ..models.load import load_model
 from ..models.smollm2 import PACKAGED
 from ..options import DiagnoseOptions, UnlearnOptions
 from ..progress import console, job
@@ -79,7 +78,7 @@ def run_demo(out_dir: str | Path, *, seed: int = 0, model: str = PACKAGED, optio
         console.rule(f"[bold]{escape(title)}[/bold]  [dim]{time.perf_counter() - started:.0f} s", align="left")
         return work()
 
-    split = phase("Facts that the model knows", lambda: _split(out, model, options.shots, seed))
+    split = phase("Facts that the model knows", lambda: _split(out, model, options, seed))
     runs = [
         phase(
             f"Unlearn with {method.upper()}", lambda method=method: _unlearn(out, model, method, options, seed, split)
@@ -96,7 +95,7 @@ def run_demo(out_dir: str | Path, *, seed: int = 0, model: str = PACKAGED, optio
     return page
 
 
-def _split(out: Path, model: str, shots: int, seed: int) -> Split:
+def _split(out: Path, model: str, options: UnlearnOptions, seed: int) -> Split:
     """The sets of the runs that are there, or a new choice among what the model knows."""
     for method in METHODS:
         if (out / method / "split.json").is_file():
@@ -105,9 +104,9 @@ def _split(out: Path, model: str, shots: int, seed: int) -> Split:
     names = random.Random(seed).sample(list(people), CANDIDATE_PEOPLE)
     facts = [fact for name in names for fact in people[name]]
     net, tokenizer = load_model(model)
-    prompts = PromptFormat(tokenizer, shots, position_limit(net))
+    protocol = Protocol.of(options, net, tokenizer)
     with job("find known facts", len(facts)) as bar:
-        scores = score_facts(net, prompts, facts, progress=bar.advance)
+        scores = protocol.score(net, facts, progress=bar.advance)
     return choose_known(known_facts(scores, facts, MIN_PROBABILITY), known_facts(scores, facts, CERTAIN))
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 from ..analysis.influence import Influence, summarise, variation_by_kind
 from ..analysis.measure import measure_influence
 from ..data.facts import Fact
-from ..data.prompts import PromptFormat
-from ..models.load import load_model, position_limit
-from ..options import DiagnoseOptions, ModelOptions, recorded_model
+from ..evaluation.protocol import Protocol
+from ..models.load import load_model
+from ..options import DiagnoseOptions, ModelOptions, ProtocolOptions, recorded_model, recorded_protocol
 from ..progress import job
 from ..runs.folder import Run
 
@@ -65,13 +65,13 @@ class _Samples(NamedTuple):
     """A run's forget samples, and all that the attribution of its original model depends on."""
 
     base: ModelOptions
-    shots: int
+    asked: ProtocolOptions
     facts: tuple[Fact, ...]
 
     @classmethod
     def of(cls, run: Run) -> _Samples:
         config = run.read("config.json")
-        return cls(recorded_model(config), config["shots"], tuple(run.split().forget))
+        return cls(recorded_model(config), recorded_protocol(config), tuple(run.split().forget))
 
     def unlearned(self, run: Run) -> ModelOptions:
         """The model of the run, loaded as its base model is."""
@@ -82,7 +82,7 @@ class _Samples(NamedTuple):
     ) -> tuple[dict[str, Influence], float]:
         """Influence in this model, and the seconds that it took, without loading."""
         net, tokenizer = load_model(model.model, **model.loading())
-        prompts = PromptFormat(tokenizer, self.shots, position_limit(net))
+        prompts = Protocol.of(self.asked, net, tokenizer).prompts
         encoded = prompts.encode_facts(self.facts)
         size = options.batch_size
         batches = (prompts.collate(encoded[i : i + size]) for i in range(0, len(encoded), size))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..data.prompts import PromptFormat
+from ..evaluation.protocol import Protocol
 from ..evaluation.sets import evaluate_split
-from ..models.load import load_model, position_limit
+from ..models.load import load_model
 from ..options import recorded_model
 from ..runs.folder import Run
 
@@ -27,7 +27,7 @@ def evaluate_run(run_dir: str | Path) -> dict:
     with run.work("evaluate"):
         for when, name, revision in (("before", base.model, base.revision), ("after", run.model, None)):
             model, tokenizer = load_model(name, **base.loading(revision=revision))
-            prompts = PromptFormat(tokenizer, config["shots"], position_limit(model))
-            found[when] = evaluate_split(model, prompts, split, name=f"evaluate {when}", generation=True)
+            protocol = Protocol.of(config, model, tokenizer)
+            found[when] = evaluate_split(model, protocol, split, name=f"evaluate {when}", generation=True)
         run.write("evaluation.json", found)
     return found

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..data.facts import Split, load_facts
-from ..data.prompts import PromptFormat
+from ..evaluation.protocol import Protocol
 from ..evaluation.sets import evaluate_split
-from ..models.load import load_model, position_limit
+from ..models.load import load_model
 from ..options import FinetuneOptions
 from ..progress import job
 from ..runs.folder import Run
@@ -42,7 +42,8 @@ def finetune(options: FinetuneOptions, run_dir: str | Path) -> Run:
     config = {"method": "finetune", **asdict(options)}
     with Run.claim(run_dir, config, resume=False) as run:
         model, tokenizer = load_model(options.model, **options.loading())
-        prompts = PromptFormat(tokenizer, options.shots, position_limit(model))
+        protocol = Protocol.of(options, model, tokenizer)
+        prompts = protocol.prompts
         samples = prompts.encode_facts(known, end=True)
         prompts.encode_options(known)  # refuses what does not fit the model, before anything is written
         if tokenizer.eos_token_id is None:
@@ -51,7 +52,7 @@ def finetune(options: FinetuneOptions, run_dir: str | Path) -> Run:
             )
         run.start(config)
         everything = Split([], known, [])
-        before = evaluate_split(model, prompts, everything, name="score before")
+        before = evaluate_split(model, protocol, everything, name="score before")
         with job("finetune", options.steps) as bar:
 
             def write(line: dict) -> None:
@@ -63,7 +64,7 @@ def finetune(options: FinetuneOptions, run_dir: str | Path) -> Run:
                 model, prompts, samples, learning_rate=options.learning_rate, steps=options.steps,
                 batch_size=options.batch_size, seed=options.seed, record=StepRecord(write, lambda _: {}, options.steps),
             )  # fmt: skip
-        after = evaluate_split(model, prompts, everything, name="score after")
+        after = evaluate_split(model, protocol, everything, name="score after")
         run.write("evaluation.json", {"before": before, "after": after})
         model.save_pretrained(run.model)
         tokenizer.save_pretrained(run.model)

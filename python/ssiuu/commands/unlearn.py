@@ -16,10 +16,11 @@ import ssiuu_kernels as sk
 from ..data.facts import Fact, Split, all_have_options, check_split, load_facts, split_by_subject
 from ..data.prompts import Encoded, PromptFormat
 from ..evaluation.known import known_facts
-from ..evaluation.likelihood import chance, score_facts
+from ..evaluation.likelihood import chance
+from ..evaluation.protocol import Protocol
 from ..evaluation.sets import evaluate_split, named_means
 from ..methods.base import Method, UnlearnData
-from ..models.load import load_model, position_limit
+from ..models.load import load_model
 from ..optimizers import OptimizerOptions
 from ..options import UnlearnOptions
 from ..pairs import all_options, make
@@ -64,15 +65,15 @@ def unlearn(
     with Run.claim(run_dir, config, resume) as run:
         set_seed(options.seed)
         model, tokenizer = load_model(options.model, **options.loading())
-        prompts = PromptFormat(tokenizer, options.shots, position_limit(model))
+        protocol = Protocol.of(options, model, tokenizer)
         if resume and (run.path / "split.json").is_file():
             chosen = run.split()
         elif options.known_probability is not None and split is None:
-            chosen = _known(model, prompts, chosen, options.known_probability)
-        data = _data(prompts, chosen, options)
+            chosen = _known(model, protocol, chosen, options.known_probability)
+        data = _data(protocol.prompts, chosen, options)
         schedule = _schedule(data, method.companions(data), options)
         for facts in chosen:
-            prompts.encode_options(facts)  # refuses what does not fit the model, before anything is written
+            protocol.prompts.encode_options(facts)  # refuses what does not fit the model, before anything is written
         _train_only(model, method.parameters(model))
         patch = {"scope": "all", "engine": options.engine, **regularizer.patch_options(len(chosen.forget))}
         with sk.patch(model, **patch) as handle, ExitStack() as stack:
@@ -82,9 +83,9 @@ def unlearn(
             run.start(config)
             run.write_split(chosen)
             if not (run.path / "evaluation.json").is_file():
-                run.write("evaluation.json", {"before": evaluate_split(model, prompts, chosen, name="score before")})
-            _train(model, handle, method, regularizer, prompts, schedule, chosen, options, run)
-            after = evaluate_split(model, prompts, chosen, name="score after")
+                run.write("evaluation.json", {"before": evaluate_split(model, protocol, chosen, name="score before")})
+            _train(model, handle, method, regularizer, protocol, schedule, chosen, options, run)
+            after = evaluate_split(model, protocol, chosen, name="score after")
         run.write("evaluation.json", {"before": run.read("evaluation.json")["before"], "after": after})
         model.save_pretrained(run.model)
         tokenizer.save_pretrained(run.model)
@@ -111,11 +112,11 @@ def _config(options: UnlearnOptions, regularizer: Regularizer) -> dict[str, Any]
     return config | {"stochastic_rounding": options.dtype == "bfloat16"}
 
 
-def _known(model: PreTrainedModel, prompts: PromptFormat, split: Split, least: float) -> Split:
+def _known(model: PreTrainedModel, protocol: Protocol, split: Split, least: float) -> Split:
     parts = []
     with job("find known facts", sum(map(len, split))) as bar:
         for facts in split:
-            scores = score_facts(model, prompts, facts, progress=bar.advance) if facts else None
+            scores = protocol.score(model, facts, progress=bar.advance) if facts else None
             parts.append(known_facts(scores, facts, least) if facts else [])
     return check_split(Split(*parts))
 
@@ -149,7 +150,7 @@ def _train(
     handle: sk.PatchHandle,
     method: Method,
     regularizer: Regularizer,
-    prompts: PromptFormat,
+    protocol: Protocol,
     schedule: Schedule,
     split: Split,
     options: UnlearnOptions,
@@ -183,15 +184,15 @@ def _train(
             bar.say(**{name: line[name] for name in shown if name in line})
 
         def evaluate(model: PreTrainedModel) -> dict[str, float]:
-            forget = score_facts(model, prompts, split.forget)
+            forget = protocol.score(model, split.forget)
             method.observe(forget.score, threshold)
-            return named_means(forget, "forget") | named_means(score_facts(model, prompts, watched), "retain")
+            return named_means(forget, "forget") | named_means(protocol.score(model, watched), "retain")
 
         def stop(scores: dict) -> bool:
             return scores["fs"] <= threshold or method.finished
 
         trainer = UnlearnTrainer(
-            model, arguments, schedule, prompts, StepRecord(write, evaluate, options.evaluate_every, stop),
+            model, arguments, schedule, protocol.prompts, StepRecord(write, evaluate, options.evaluate_every, stop),
             handle=handle, method=method, regularizer=regularizer, options=_optimizer_options(options, run),
         )  # fmt: skip
         if checkpoint:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedModel
 
 from ..data.facts import Fact, Split, all_have_options
-from ..data.prompts import PromptFormat
 from ..progress import job
 from .generation import generation_accuracy
-from .likelihood import FactScores, score_facts
+from .likelihood import FactScores
+from .protocol import Protocol
 
 # Names of the mean score; other means are named after their set, as in "forget_probability".
 SCORE_NAMES = {"forget": "fs", "retain": "rs", "unseen": "unseen_fs"}
@@ -23,7 +23,7 @@ def named_means(scores: FactScores, which: str) -> dict[str, float]:
 
 def evaluate_sets(
     model: PreTrainedModel,
-    prompts: PromptFormat,
+    protocol: Protocol,
     forget: Sequence[Fact],
     retain: Sequence[Fact],
     progress: Callable[[float], None] | None = None,
@@ -36,12 +36,12 @@ def evaluate_sets(
     found = {}
     for which, facts in (("forget", forget), ("retain", retain)):
         if facts:
-            found |= named_means(score_facts(model, prompts, facts, progress=progress), which)
+            found |= named_means(protocol.score(model, facts, progress=progress), which)
     return found
 
 
 def evaluate_split(
-    model: PreTrainedModel, prompts: PromptFormat, split: Split, *, name: str, generation: bool = False
+    model: PreTrainedModel, protocol: Protocol, split: Split, *, name: str, generation: bool = False
 ) -> dict[str, float]:
     """All sets of a split; the test set's scores are named as the retain set's, after "test_".
 
@@ -50,11 +50,11 @@ def evaluate_split(
         generation: also the accuracy when the prompt lists the options and the model writes its choice.
     """
     with job(name, sum(map(len, split))) as bar:
-        found = evaluate_sets(model, prompts, split.forget, split.retain, bar.advance)
-        tested = evaluate_sets(model, prompts, [], split.test, bar.advance)
+        found = evaluate_sets(model, protocol, split.forget, split.retain, bar.advance)
+        tested = evaluate_sets(model, protocol, [], split.test, bar.advance)
         found |= {f"test_{name}": value for name, value in tested.items()}
         if generation:
             for score, facts in (("fs_generation", split.forget), ("rs_generation", split.retain)):
                 if facts and all_have_options(facts):
-                    found[score] = generation_accuracy(model, prompts, facts)
+                    found[score] = generation_accuracy(model, protocol.prompts, facts)
     return found

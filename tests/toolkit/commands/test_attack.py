@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssiuu.attacks import retraining
 from ssiuu.attacks.retraining import Attack
 from ssiuu.commands import attack
 from ssiuu.commands.attack import attack_run
 from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.facts import Split
+from ssiuu.evaluation.protocol import Protocol
 from ssiuu.options import UnlearnOptions
 
 HARMFUL = Attack("harmful", 0.3, 1e-2, steps=4, evaluate_every=2)
@@ -88,13 +88,13 @@ def test_attacks_without_data_are_refused_before_any_of_them(model_dir, facts, t
 
 
 def test_each_forget_fact_is_scored_once_an_evaluation(run, monkeypatch):
-    scored, score_facts = [], retraining.score_facts
+    scored, score_forget = [], Protocol.score
 
-    def score(model, prompts, facts):
+    def score(protocol, model, facts):
         scored.append(len(facts))
-        return score_facts(model, prompts, facts)
+        return score_forget(protocol, model, facts)
 
-    monkeypatch.setattr(retraining, "score_facts", score)
+    monkeypatch.setattr(Protocol, "score", score)
     attack_run(run.path, [HARMFUL])
     assert scored == [len(run.split().forget)] * 3  # at steps 0, 2 and 4
 

@@ -70,5 +70,5 @@ def test_leaves_a_report_on_both_methods(tiny_demo, capsys):
 def test_does_nothing_twice(tiny_demo, monkeypatch):
     tiny_demo()
     monkeypatch.setattr(demo, "unlearn", lambda *_, **__: pytest.fail("unlearned again"))
-    monkeypatch.setattr(demo, "score_facts", lambda *_, **__: pytest.fail("looked for facts again"))
+    monkeypatch.setattr(demo.Protocol, "score", lambda *_, **__: pytest.fail("looked for facts again"))
     assert tiny_demo().is_file()

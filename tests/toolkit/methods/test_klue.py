@@ -14,6 +14,7 @@ from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.facts import Fact, Split
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.evaluation.likelihood import FactScores
+from ssiuu.evaluation.protocol import Protocol
 from ssiuu.methods.klue import Klue
 from ssiuu.models.load import load_model
 from ssiuu.options import UnlearnOptions
@@ -276,15 +277,16 @@ def test_forgotten_facts_leave_the_batches(options, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Klue, "loss", lambda method, batch: seen.append(batch.ids[batch.forget].tolist()) or loss(method, batch)
     )
-    monkeypatch.setattr(unlearn_module, "score_facts", scripted([[1, 0, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]))
+    monkeypatch.setattr(Protocol, "score", scripted([[1, 0, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]))
     unlearn(settings(options, max_steps=3, evaluate_every=1, klue_questions=3), tmp_path / "run")
     assert [sorted(ids) for ids in seen] == [[0, 1, 2, 3], [0, 2], [0, 1, 2]]
 
 
 def scripted(scores):
-    """`score_facts` of an unlearning run, which scores the forget and the retain set in turn."""
+    """`Protocol.score` whose scores between steps, of the forget and of the retain set in turn, are these."""
     left = iter(torch.tensor(line).float() for line in scores for _ in range(2))
-    return lambda *_: FactScores(*[next(left)] * 3)
+    score = Protocol.score
+    return lambda *given, **bar: score(*given, **bar) if bar else FactScores(*[next(left)] * 3)
 
 
 @pytest.mark.parametrize("regularizer", ["none", "ssiuu"])
