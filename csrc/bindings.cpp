@@ -83,13 +83,14 @@ ssiuu::PenaltyParams penalty_params(int param_dtype, int grad_dtype, int state_d
                                     const std::vector<Address>& prev_attribution, const std::vector<Address>& exp_avg,
                                     const std::vector<Address>& exp_avg_sq, const std::vector<uint32_t>& seeds,
                                     const std::array<double, ssiuu::kStepScalars>& scalars, Address device_scalars,
-                                    Address stats) {
+                                    bool keep_anchor, Address stats) {
   ssiuu::PenaltyParams params{DType(param_dtype),
                               DType(grad_dtype),
                               DType(state_dtype),
                               {},
                               ssiuu::bit_cast<ssiuu::StepScalars>(scalars),
                               pointer<ssiuu::StepScalars>(device_scalars),
+                              keep_anchor,
                               !seeds.empty(),
                               pointer<double>(stats)};
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -174,7 +175,7 @@ PYBIND11_MODULE(_native, m) {
     define_op(m, adamw ? "penalty_adamw" : "penalty", adamw ? &ssiuu::cpu::penalty_adamw : &ssiuu::cpu::penalty,
               adamw ? SSIUU_CUDA_LAUNCH(penalty_adamw) : SSIUU_CUDA_LAUNCH(penalty), &penalty_params, "param_dtype",
               "grad_dtype", "state_dtype", "sizes", "param", "grad", "target_grad", "prev_attribution", "exp_avg",
-              "exp_avg_sq", "seeds", "scalars", "device_scalars", "stats");
+              "exp_avg_sq", "seeds", "scalars", "device_scalars", "keep_anchor", "stats");
   }
 
 #if defined(SSIUU_WITH_CUDA)

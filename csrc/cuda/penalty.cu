@@ -49,8 +49,8 @@ struct Penalty {
 
   template <int kCount>
   __device__ __forceinline__ void write(const PenaltyTensors& t, int64_t i, float (&)[kCount],
-                                        const float (&attribution)[kCount], const float (&grad_sum)[kCount]) const {
-    store(static_cast<State*>(t.prev_attribution) + i, attribution);
+                                        const float (&anchor)[kCount], const float (&grad_sum)[kCount]) const {
+    store(static_cast<State*>(t.prev_attribution) + i, anchor);
     store(static_cast<Grad*>(t.grad) + i, grad_sum);
   }
 };
@@ -69,46 +69,46 @@ struct PenaltyAdamW {
 
   template <int kCount>
   __device__ __forceinline__ void write(const PenaltyTensors& t, int64_t i, float (&w)[kCount],
-                                        const float (&attribution)[kCount], const float (&grad_sum)[kCount]) const {
+                                        const float (&anchor)[kCount], const float (&grad_sum)[kCount]) const {
     float m[kCount], v[kCount];
     load(static_cast<const State*>(t.exp_avg) + i, m);
     load(static_cast<const State*>(t.exp_avg_sq) + i, v);
     Pack<Param, kCount> params;
-    Pack<State, kCount> attributions, means, squares;
+    Pack<State, kCount> anchors, means, squares;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       adamw_update(w[k], m[k], v[k], grad_sum[k], adamw);
-      store_update<kStochastic>(params.data[k], attributions.data[k], means.data[k], squares.data[k], w[k],
-                                attribution[k], m[k], v[k], key, i + k);
+      store_update<kStochastic>(params.data[k], anchors.data[k], means.data[k], squares.data[k], w[k], anchor[k], m[k],
+                                v[k], key, i + k);
     }
     store(static_cast<Param*>(t.param) + i, params);
-    store(static_cast<State*>(t.prev_attribution) + i, attributions);
+    store(static_cast<State*>(t.prev_attribution) + i, anchors);
     store(static_cast<State*>(t.exp_avg) + i, means);
     store(static_cast<State*>(t.exp_avg_sq) + i, squares);
   }
 };
 
 template <int kCount, class Op>
-__device__ __forceinline__ void penalise(const Op& op, const PenaltyTensors& t, const PenaltyStep& step, int64_t i,
-                                         PenaltyStats& stats) {
-  float w[kCount], loss_grad[kCount], target_grad[kCount], attribution[kCount], grad_sum[kCount];
+__device__ __forceinline__ void penalise(const Op& op, const PenaltyTensors& t, const PenaltyStep& step, bool keep,
+                                         int64_t i, PenaltyStats& stats) {
+  float w[kCount], loss_grad[kCount], target_grad[kCount], anchor[kCount], grad_sum[kCount];
   load(static_cast<const typename Op::Param*>(t.param) + i, w);
   load(static_cast<const typename Op::Grad*>(t.grad) + i, loss_grad);
   load(static_cast<const typename Op::Grad*>(t.target_grad) + i, target_grad);
-  load(static_cast<const typename Op::State*>(t.prev_attribution) + i, attribution);
+  load(static_cast<const typename Op::State*>(t.prev_attribution) + i, anchor);
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    const PenaltyTerm term = penalty_term(w[k], loss_grad[k], target_grad[k], attribution[k], step);
-    attribution[k] = term.attribution;
+    const PenaltyTerm term = penalty_term(w[k], loss_grad[k], target_grad[k], anchor[k], step);
+    anchor[k] = next_anchor(term.attribution, anchor[k], keep);
     grad_sum[k] = loss_grad[k] + term.grad;
     stats.add({square(term.growth), square(term.grad), square(loss_grad[k]), term.outweighs, term.negative});
   }
-  op.write(t, i, w, attribution, grad_sum);
+  op.write(t, i, w, anchor, grad_sum);
 }
 
 template <bool kPacked, class Op>
 __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
-    penalty_kernel(TensorTable table, StepScalars host_scalars, const StepScalars* device_scalars,
+    penalty_kernel(TensorTable table, StepScalars host_scalars, const StepScalars* device_scalars, bool keep_anchor,
                    PenaltyStats* partials) {
   constexpr int kCount = kPacked ? kVec : 1;
   int low = 0;
@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
   const PenaltyTensors& t = table.tensors[low];
   const StepScalars scalars = device_scalars != nullptr ? *device_scalars : host_scalars;
   const PenaltyStep step(scalars);
+  const bool keep = keeps_anchor(keep_anchor, scalars);
   const Op op(t, scalars);
   const int64_t begin = (blockIdx.x - table.first_block[low]) * kChunk;
   const int64_t end = min(begin + kChunk, t.n);
@@ -126,9 +127,9 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
 #pragma unroll 1  // one step has up to 96 bytes of loads in flight a thread in bfloat16, 192 in float32
   for (int64_t i = begin + threadIdx.x * kCount; i < end; i += kThreads * kCount) {
     if (!kPacked || i + kCount <= end) {
-      penalise<kCount>(op, t, step, i, stats);
+      penalise<kCount>(op, t, step, keep, i, stats);
     } else {
-      for (int64_t k = i; k < end; ++k) penalise<1>(op, t, step, k, stats);
+      for (int64_t k = i; k < end; ++k) penalise<1>(op, t, step, keep, k, stats);
     }
   }
   stats = block_sum(stats);
@@ -172,7 +173,7 @@ void run(const PenaltyParams& p, void* workspace, cudaStream_t stream) {
     }
     const int64_t blocks = table.first_block[table.count];
     launch(packed ? penalty_kernel<true, Op> : penalty_kernel<false, Op>, blocks, kThreads, stream, table, p.scalars,
-           p.device_scalars, partials + total);
+           p.device_scalars, p.keep_anchor, partials + total);
     total += blocks;
   }
   launch(sum_stats_kernel, 1, kThreads, stream, partials, total, p.stats);

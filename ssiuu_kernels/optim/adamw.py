@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import PenaltyStats
 from ..ops.penalty import run_penalty, run_penalty_adamw
-from ..ops.penalty.scalars import StepScalars, step_scalars
+from ..ops.penalty.scalars import StepScalars
 from .penalised import PenalisedOptimizer
 from .update_in_backward import UpdateInBackward
 
@@ -44,6 +44,9 @@ class SsiuuAdamW(PenalisedOptimizer):
             then updates what is left, the small parameters, and steers lambda. Every backward is followed by one. It
             goes with neither clipping, accumulation nor a GradScaler.
         backend: backend of the ops.
+        anchor: what the penalty compares A_t with. "previous" is A_{t-1}, as in Algorithm 1. "original" is A as it was
+            measured first, of the model before unlearning: the "original level" that the paper's text promises. That
+            is A of the first batch's facts; where later batches have others, `set_anchor` sets it for each.
 
     Attributes:
         last_stats: `PenaltyStats` of the last step, all parameters together.
@@ -75,12 +78,13 @@ class SsiuuAdamW(PenalisedOptimizer):
         capturable: bool = False,
         update_in_backward: bool = False,
         backend: str = "auto",
+        anchor: str = "previous",
     ):
         if state_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype={state_dtype}; expected torch.float32, torch.bfloat16 or None")
         self.state_dtype, self.stochastic_rounding, self.seed = state_dtype, stochastic_rounding, seed
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, penalty_weight, penalty_share, backend, capturable)
+        super().__init__(params, defaults, penalty_weight, penalty_share, anchor, backend, capturable)
         self._in_backward = UpdateInBackward(self) if update_in_backward else None
 
     def add_param_group(self, param_group: dict) -> None:
@@ -89,9 +93,20 @@ class SsiuuAdamW(PenalisedOptimizer):
             raise ValueError("update_in_backward=True fixes the parameters; make another optimizer for new ones")
         super().add_param_group(param_group)
 
+    def set_anchor(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """As in `PenalisedOptimizer`; with update_in_backward it is called before the backward of its step."""
+        if self._in_backward is not None and self._in_backward.between:
+            raise ValueError(
+                "set_anchor() between backward and step() with update_in_backward=True, which has updated parameters "
+                "already; call it before the backward"
+            )
+        super().set_anchor(values)
+
     def __getstate__(self) -> dict:
-        if self._in_backward is not None:
-            self._in_backward.refuse_copy()
+        if self._in_backward is not None and self._in_backward.between:
+            raise ValueError(
+                "an optimizer with update_in_backward=True is copied between backward and step(); step first"
+            )
         return {**super().__getstate__(), "_in_backward": self._in_backward is not None}
 
     def __setstate__(self, state: dict) -> None:
@@ -145,8 +160,7 @@ class SsiuuAdamW(PenalisedOptimizer):
         }
 
     def _scalars(self, group: dict, param: nn.Parameter) -> StepScalars:
-        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        return step_scalars(self.state[param]["step"], group["penalty_weight"], param.device, **options)
+        return super()._scalars(group, param, **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")})
 
     def _run(self, params, tensors, scalars) -> PenaltyStats:
         seeds = self._seeds(params) if self.stochastic_rounding else None
@@ -162,7 +176,7 @@ class SsiuuPenalty(PenalisedOptimizer):
     """The penalty alone, to stand before any optimizer's step: `penalty.apply_(); optimizer.step()`.
 
     Args:
-        params, penalty_weight, penalty_share, backend: as in `SsiuuAdamW`.
+        params, penalty_weight, penalty_share, backend, anchor: as in `SsiuuAdamW`.
 
     Attributes:
         last_stats: `PenaltyStats` of the last call, all parameters together.
@@ -177,8 +191,9 @@ class SsiuuPenalty(PenalisedOptimizer):
         penalty_weight: float = 1e-3,
         penalty_share: float | None = None,
         backend: str = "auto",
+        anchor: str = "previous",
     ):
-        super().__init__(params, {}, penalty_weight, penalty_share, backend, capturable=False)
+        super().__init__(params, {}, penalty_weight, penalty_share, anchor, backend, capturable=False)
 
     @torch.no_grad()
     def apply_(self) -> PenaltyStats | None:
@@ -202,9 +217,6 @@ class SsiuuPenalty(PenalisedOptimizer):
             "target_grad": [getattr(param, "target_grad", None) for param in params],
             "prev_attribution": self._states(params, "prev_attribution"),
         }
-
-    def _scalars(self, group: dict, param: nn.Parameter) -> StepScalars:
-        return step_scalars(self.state[param]["step"], group["penalty_weight"], param.device)
 
     def _run(self, params, tensors, scalars) -> PenaltyStats:
         return run_penalty(tensors, scalars, self.backend)

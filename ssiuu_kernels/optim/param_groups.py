@@ -15,6 +15,8 @@ from ..ops.penalty.scalars import check_scalars
 # fused, a scheduler's initial_lr) are let be.
 _FOREIGN = {"maximize": False, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
 
+PREVIOUS, ORIGINAL = ANCHORS = ("previous", "original")  # A of the step before, or A as it was measured first
+
 
 def host_value(value: float | Tensor) -> float | Tensor:
     """The number in a tensor on the CPU; one on an accelerator stays there, since reading it would wait for it."""
@@ -37,6 +39,8 @@ def check_group(group: dict) -> None:
         raise ValueError(f"penalty_share={share}; expected a fraction between 0 and 1, or None")
     if share is not None and not isinstance(weight, Tensor) and weight == 0:
         raise ValueError("penalty_weight=0 cannot be steered to a penalty_share; start from a positive one")
+    if group["anchor"] not in ANCHORS:
+        raise ValueError(f"anchor={group['anchor']!r}; expected one of {', '.join(ANCHORS)}")
     if "lr" in group:
         check_scalars(1, 0.0, host_value(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
 
@@ -81,3 +85,22 @@ def check_saved_state(saved: dict, names: Sequence[str], param: nn.Parameter) ->
                 f"{name} in the state_dict has shape {list(saved[name].shape)}; expected its parameter's, "
                 f"{list(param.shape)}"
             )
+
+
+def check_saved_anchor(saved: dict, states: Sequence[dict], anchor: str) -> None:
+    """The `prev_attribution` of a saved group is what `anchor` makes of it. Version 0.1.0 knew "previous" alone."""
+    unnamed = PREVIOUS if any("prev_attribution" in state for state in states) else anchor
+    if saved.get("anchor", unnamed) != anchor:
+        raise ValueError(
+            f"the state_dict has attributions of anchor={saved.get('anchor', unnamed)!r} and this optimizer has "
+            f"anchor={anchor!r}; make the optimizer with the anchor that its state_dict was saved with"
+        )
+
+
+def check_anchor_values(name: str, value: Tensor, param: nn.Parameter, dtype: torch.dtype) -> None:
+    """`value` can be a parameter's `prev_attribution`, of type `dtype`."""
+    check_float(name, value)
+    if value.shape != param.shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}; expected its parameter's, {list(param.shape)}")
+    if not bool(value.to(dtype).isfinite().all()):
+        raise ValueError(f"{name} is not finite in {dtype}, the type of its state; expected finite attributions")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,16 @@ from ..gradients.target_grad import changed_since_backward, drop_target_grad, ha
 from ..ops import PenaltyStats
 from ..ops.backends import check_backend
 from ..ops.penalty import check_launch
-from ..ops.penalty.scalars import StepScalars
-from .param_groups import check_gradients, check_group, check_params, check_saved_state
+from ..ops.penalty.scalars import StepScalars, step_scalars
+from .param_groups import (
+    ORIGINAL,
+    check_anchor_values,
+    check_gradients,
+    check_group,
+    check_params,
+    check_saved_anchor,
+    check_saved_state,
+)
 from .steering import next_weight
 
 logger = logging.getLogger(__name__)
@@ -32,8 +40,7 @@ class Part(NamedTuple):
     Attributes:
         group: of its parameters.
         stats: of them together.
-        compared: whether their attributions had ones of a step before to be held against, so that the share says
-            something.
+        compared: whether their attributions were compared with others, so that the share says something.
     """
 
     group: dict
@@ -42,11 +49,18 @@ class Part(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Parameters that are updated together; without a target gradient by plain AdamW, and A_{t-1} stays."""
+    """Parameters that are updated together.
+
+    Attributes:
+        group: of the parameters.
+        penalised: whether they have a target gradient; otherwise plain AdamW updates them, and A_{t-1} stays.
+        anchored: whether they had a state before this step, and in it attributions to compare with.
+    """
 
     group: dict
     params: list[nn.Parameter]
     penalised: bool
+    anchored: bool
 
 
 class PenalisedOptimizer(torch.optim.Optimizer):
@@ -58,7 +72,6 @@ class PenalisedOptimizer(torch.optim.Optimizer):
     updates_without_target = False  # where the batches had no forget sample
     _warned = False
     _tensors: Callable[[list[nn.Parameter]], dict[str, list[Tensor]]]  # of these parameters, as the op takes them
-    _scalars: Callable[[dict, nn.Parameter], StepScalars]  # of the step that a parameter of this group is at
     _run: Callable[[list[nn.Parameter], dict[str, list[Tensor]], StepScalars], PenaltyStats]  # one launch
 
     def __init__(
@@ -67,6 +80,7 @@ class PenalisedOptimizer(torch.optim.Optimizer):
         defaults: dict,
         penalty_weight: float,
         penalty_share: float | None,
+        anchor: str,
         backend: str,
         capturable: bool,
     ):
@@ -74,7 +88,8 @@ class PenalisedOptimizer(torch.optim.Optimizer):
         self.last_stats: PenaltyStats | None = None
         self._last_weight: float | Tensor = penalty_weight
         self._known_scalars: dict[tuple, StepScalars] = {}
-        super().__init__(params, {**defaults, "penalty_weight": penalty_weight, "penalty_share": penalty_share})
+        own = {"penalty_weight": penalty_weight, "penalty_share": penalty_share, "anchor": anchor}
+        super().__init__(params, {**defaults, **own})
 
     @property
     def penalty_weight(self) -> float:
@@ -103,6 +118,38 @@ class PenalisedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @torch.no_grad()
+    def set_anchor(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """Set the attributions that the next step compares its own with, at the first step too.
+
+        For a caller who knows better ones than those of the last step: with mini-batches, the original model's summed
+        over the facts of the next batch. With anchor="previous" the next step replaces them; with anchor="original"
+        they stay until they are set again. Parameters that are not named keep theirs. Synchronizes with the host, which
+        checks the values.
+
+        Args:
+            values: parameter -> its attributions, shaped like it, of any floating type and on any device; copied.
+
+        Raises:
+            ValueError: a key that is not a parameter of this optimizer; values of another shape, or that are not finite
+                in the type of the states. Nothing is changed then.
+            TypeError: not a mapping, or a value that is not a floating tensor.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values is a {type(values).__name__}; expected a mapping from parameters to attributions")
+        places = {id(param): index for index, (_, param) in enumerate(self._all_params())}
+        for param, value in values.items():
+            if id(param) not in places:
+                raise ValueError(
+                    f"a key of values, a {type(param).__name__} of shape {list(getattr(param, 'shape', ()))}, is not a "
+                    "parameter of this optimizer; expected the parameters that it was made with"
+                )
+            known = self.state[param].get("prev_attribution") if param in self.state else None
+            dtype = self._state_dtype(param) if known is None else known.dtype
+            check_anchor_values(f"the anchor of parameter {places[id(param)]}", value, param, dtype)
+        for param, value in values.items():
+            self._complete_state(param)["prev_attribution"].copy_(value)
+
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, but states keep the type in which they were saved: torch would cast them to the parameter's.
 
@@ -111,12 +158,14 @@ class PenalisedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: options out of range, or that would change the update (maximize, amsgrad); a state that is of
-                another optimizer or shape. Nothing is changed then.
+                another optimizer, shape or anchor. Nothing is changed then.
         """
-        groups = [{**own, **saved} for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)]
-        for group in groups:
-            check_group(group)
-            check_group({**group, "penalty_weight": float(group["penalty_weight"])})
+        groups = []
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            groups.append({**own, **saved})
+            check_group(groups[-1])
+            check_group({**groups[-1], "penalty_weight": float(groups[-1]["penalty_weight"])})
+            check_saved_anchor(saved, [state_dict["state"].get(i, {}) for i in saved["params"]], own["anchor"])
         groups += state_dict["param_groups"][len(groups) :]  # torch refuses them
         state_dict = {**state_dict, "param_groups": groups}
         params = [param for _, param in self._all_params()]
@@ -197,8 +246,9 @@ class PenalisedOptimizer(torch.optim.Optimizer):
 
     def update_params(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[Part]:
         """Update these parameters, and drop their target gradients. All is checked before anything is written."""
+        anchored = {param for _, param in pending if self.state.get(param)}
         pending = [(group, param) for group, param in pending if self._is_updated(group, param)]
-        launches = self._launches(pending)
+        launches = self._launches(pending, anchored)
         tensors = [self._checked_tensors(launch) for launch in launches]
         for group, param in pending:
             if group["penalty_share"] is not None:
@@ -224,6 +274,11 @@ class PenalisedOptimizer(torch.optim.Optimizer):
             if not self.updates_without_target:
                 drop_target_grad(param)
                 return False
+        self._complete_state(param)
+        return True
+
+    def _complete_state(self, param: nn.Parameter) -> dict:
+        """The state of a parameter, with what is new in it."""
         state = self.state[param]
         if not state:
             state.update(self._new_state(param))
@@ -231,17 +286,20 @@ class PenalisedOptimizer(torch.optim.Optimizer):
             check_saved_state(state, self.state_names, param)
             if "prev_attribution" not in state:
                 state["prev_attribution"] = self._new_tensor(param, "prev_attribution")
-        return True
+        return state
 
-    def _launches(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[_Launch]:
+    def _launches(
+        self, pending: Sequence[tuple[dict, nn.Parameter]], anchored: Collection[nn.Parameter]
+    ) -> list[_Launch]:
         """Parameters that are updated together: a large one alone, small ones of like kind in one launch."""
         together: dict[tuple | int, _Launch] = {}
         for index, (group, param) in enumerate(pending):
             state, penalised = self.state[param], getattr(param, "target_grad", None) is not None
             step = 0 if self.capturable else state["step"]
             types = (param.dtype, param.grad.dtype, state["prev_attribution"].dtype)
-            key = (id(group), step, penalised, *types, param.device) if param.numel() < SMALL else index
-            together.setdefault(key, _Launch(group, [], penalised)).params.append(param)
+            alike = (id(group), step, penalised, param in anchored, *types, param.device)
+            launch = _Launch(group, [], penalised, param in anchored)
+            together.setdefault(alike if param.numel() < SMALL else index, launch).params.append(param)
         return list(together.values())
 
     def _checked_tensors(self, launch: _Launch) -> dict[str, list[Tensor]]:
@@ -257,14 +315,19 @@ class PenalisedOptimizer(torch.optim.Optimizer):
         return tensors
 
     def _update(self, launch: _Launch, tensors: dict[str, list[Tensor]]) -> Part:
-        group, params, penalised = launch
-        if not penalised:
+        group, params = launch.group, launch.params
+        if not launch.penalised:
             # A is 0 everywhere, and is not kept.
             for name in ("target_grad", "prev_attribution"):
                 tensors[name] = [torch.zeros_like(tensor) for tensor in tensors[name]]
-        step = self.state[params[0]]["step"]
         stats = self._run(params, tensors, self._scalars_once(group, params[0]))
-        return Part(group, stats, penalised and (isinstance(step, Tensor) or step > 1))
+        return Part(group, stats, launch.penalised and launch.anchored)
+
+    def _scalars(self, group: dict, param: nn.Parameter, **adamw) -> StepScalars:
+        """Of the step that a parameter of this group is at. NaN says what was never measured, at step 1 too."""
+        step, keep_anchor = self.state[param]["step"], group["anchor"] == ORIGINAL
+        weight = group["penalty_weight"]
+        return step_scalars(step, weight, param.device, **adamw, keep_anchor=keep_anchor, anchored=True)
 
     def _scalars_once(self, group: dict, param: nn.Parameter) -> StepScalars:
         """Those of a step are derived once for all parameters of a group that are at it: on a device that is a dozen

@@ -74,12 +74,10 @@ class UpdateInBackward:
         handles = [handle for param in params for handle in _hooked(param, hook)]
         weakref.finalize(self, _release, handles, [weakref.ref(param) for param in params])
 
-    def refuse_copy(self) -> None:
-        """A ValueError between a backward and its step: what it has done belongs to these parameters."""
-        if self._seen:
-            raise ValueError(
-                "an optimizer with update_in_backward=True is copied between backward and step(); step first"
-            )
+    @property
+    def between(self) -> bool:
+        """Whether a backward has updated parameters, and its `step()` is still to come."""
+        return bool(self._seen)
 
     @torch.no_grad()
     def _on_complete(self, param: nn.Parameter) -> None:

@@ -20,12 +20,12 @@ SIGNATURES = {
     sk.ops.act_forward: "x activation backend",
     sk.ops.act_backward: "x grad_h activation segments scores recompute_h penalty backend",
     sk.ops.token_scores: "z grad_z segments backend",
-    sk.ops.penalty_: "grad param target_grad prev_attribution weight step backend",
+    sk.ops.penalty_: "grad param target_grad prev_attribution weight step keep_anchor backend",
     sk.ops.penalty_adamw_: "param grad target_grad prev_attribution exp_avg exp_avg_sq "
-    "step lr betas eps weight_decay weight seed backend",
-    sk.ops.penalty_many_: "grads params target_grads prev_attributions weight step backend",
+    "step lr betas eps weight_decay weight keep_anchor seed backend",
+    sk.ops.penalty_many_: "grads params target_grads prev_attributions weight step keep_anchor backend",
     sk.ops.penalty_adamw_many_: "params grads target_grads prev_attributions exp_avgs exp_avg_sqs "
-    "step lr betas eps weight_decay weight seeds backend",
+    "step lr betas eps weight_decay weight keep_anchor seeds backend",
     sk.ops.wgrad_pair: "x grad_y loss_weights target_weights target_rows ratio",
     sk.patch: "model scope backend strict level penalty_weight forget_samples engine grad_dtype",
     sk.PatchHandle.attribute: "self batch target",

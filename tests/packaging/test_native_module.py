@@ -34,7 +34,7 @@ def penalty(param, grad, target_grad, prev_attribution, step=2):
     scalars = step_scalars(step, 10.0, torch.device("cpu")).host
     _native.penalty_cpu(
         FLOAT32, FLOAT32, FLOAT32, [param.numel()], [param.data_ptr()], [grad.data_ptr()], [target_grad.data_ptr()],
-        [prev_attribution.data_ptr()], [0], [0], [], scalars, 0, stats.data_ptr(),
+        [prev_attribution.data_ptr()], [0], [0], [], scalars, 0, False, stats.data_ptr(),
     )  # fmt: skip
     return stats
 

@@ -93,6 +93,7 @@ struct PenaltyParams {
   std::vector<PenaltyTensors> tensors;
   StepScalars scalars;
   const StepScalars* device_scalars;  // where the tensors are; null: `scalars` count
+  bool keep_anchor;                   // from the second step on, prev_attribution stays where it is not NaN
   bool stochastic;                    // AdamW's bfloat16 results are rounded at random
   double* stats;                      // [5] of all tensors, see PenaltyStats
 };

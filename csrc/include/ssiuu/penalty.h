@@ -34,6 +34,16 @@ SSIUU_HOST_DEVICE PenaltyTerm penalty_term(float param, float loss_grad, float t
   return PenaltyTerm{a, growth, grad, fabsf(grad) > fabsf(loss_grad) ? 1.0f : 0.0f, a < 0.0f ? 1.0f : 0.0f};
 }
 
+// Whether a step keeps the A_prev that it finds. The first step finds none.
+SSIUU_HOST_DEVICE bool keeps_anchor(bool keep_anchor, const StepScalars& s) {
+  return keep_anchor && s.threshold == 0.0;
+}
+
+// What the next step finds as A_prev: A, or A_prev where that is kept and known.
+SSIUU_HOST_DEVICE float next_anchor(float attribution, float prev_attribution, bool keep) {
+  return keep & (prev_attribution == prev_attribution) ? prev_attribution : attribution;
+}
+
 // In double: attributions of 1e-20 and less are common, and their float squares would be 0.
 SSIUU_HOST_DEVICE double square(float x) { return static_cast<double>(x) * static_cast<double>(x); }
 

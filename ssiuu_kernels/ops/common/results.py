@@ -72,7 +72,7 @@ class PenaltyStats(NamedTuple):
     """Statistics of one penalty step; each a float64 scalar tensor, so that nothing waits for the device.
 
     Attributes:
-        value: `R_t`, the sum over I- of `(A_{t-1} - A_t)^2` (0 at step 1).
+        value: `R_t`, the sum over I- of `(prev_attribution - A_t)^2`, where `prev_attribution` is known.
         penalty_grad_norm: 2-norm of the penalty gradient, lambda included.
         loss_grad_norm: 2-norm of `dL`, over all scalars.
         share: of the scalars in I-, the fraction whose penalty gradient outweighs their loss gradient.

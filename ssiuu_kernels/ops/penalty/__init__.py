@@ -34,12 +34,16 @@ def penalty_(
     *,
     weight: float | Tensor,
     step: int | Tensor,
+    keep_anchor: bool = False,
     backend: str = "auto",
 ) -> PenaltyStats:
     """Add the penalty's gradient to `grad` and remember the attribution, in place and in one pass.
 
     With `A_t = param * target_grad` and `I- = {A_t < 0}`: `grad += 2 weight (A_t - A_{t-1}) target_grad` on I- where
     `A_{t-1}` is known, and `prev_attribution = A_t` everywhere. Reads four tensors and writes two.
+
+    With `keep_anchor`, `prev_attribution` is written at step 1 and where it is NaN, and nowhere else: every later step
+    then compares with the attribution that was measured first.
 
     Args:
         grad: `dL`, any shape, contiguous; float32, bfloat16, float16 or float64; overwritten.
@@ -50,6 +54,7 @@ def penalty_(
         weight: lambda, from 0 to 1e30; a number, or a 0-dim tensor, which is not read on the host: where it is out of
             this range there is no penalty. At 0 grad stays what it is.
         step: counted from 1; step 1 has no `A_{t-1}`, so it only stores `A_1`. A number, or a 0-dim tensor.
+        keep_anchor: keep `prev_attribution` where it is known.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -59,7 +64,10 @@ def penalty_(
         ValueError, TypeError: arguments of another shape, type, device or layout, or that share memory; a negative or
             non-finite weight; step < 1; a backend that cannot run.
     """
-    return penalty_many_([grad], [param], [target_grad], [prev_attribution], weight=weight, step=step, backend=backend)
+    return penalty_many_(
+        [grad], [param], [target_grad], [prev_attribution],
+        weight=weight, step=step, keep_anchor=keep_anchor, backend=backend,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -71,6 +79,7 @@ def penalty_many_(
     *,
     weight: float | Tensor,
     step: int | Tensor,
+    keep_anchor: bool = False,
     backend: str = "auto",
 ) -> PenaltyStats:
     """`penalty_` of many parameters, in one launch where the backend can: for the many small ones.
@@ -78,7 +87,7 @@ def penalty_many_(
     Args:
         grads, params, target_grads, prev_attributions: one entry a parameter, each as in `penalty_`; all parameters of
             one type and on one device, and so the others.
-        weight, step, backend: as in `penalty_`.
+        weight, step, keep_anchor, backend: as in `penalty_`.
 
     Returns:
         `PenaltyStats` of all parameters together.
@@ -92,7 +101,7 @@ def penalty_many_(
         "prev_attribution": list(prev_attributions),
     }  # fmt: skip
     check_launch("penalty_", lists, backend)
-    scalars = step_scalars(step, weight, lists["param"][0].device)
+    scalars = step_scalars(step, weight, lists["param"][0].device, keep_anchor=keep_anchor)
     return run_penalty(lists, scalars, backend)
 
 
@@ -115,6 +124,7 @@ def penalty_adamw_(
     eps: float,
     weight_decay: float,
     weight: float | Tensor,
+    keep_anchor: bool = False,
     seed: int | None = None,
     backend: str = "auto",
 ) -> PenaltyStats:
@@ -132,6 +142,7 @@ def penalty_adamw_(
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr up to 1e30.
         weight: lambda, from 0 to 1e30; at 0 the update is AdamW's. Where a tensor lr or weight is out of its range, or
             not finite, the step is one of lr 0 and weight 0: param stays what it is.
+        keep_anchor: as in `penalty_`.
         seed: None rounds to nearest. A number rounds the bfloat16 tensors that are written up or down at random, so
             that their mean is kept; the draws depend on seed, step and an element's place, and on nothing else.
         backend: "auto", "reference", "native" or "triton".
@@ -145,7 +156,7 @@ def penalty_adamw_(
     return penalty_adamw_many_(
         [param], [grad], [target_grad], [prev_attribution], [exp_avg], [exp_avg_sq],
         step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, weight=weight,
-        seeds=None if seed is None else [seed], backend=backend,
+        keep_anchor=keep_anchor, seeds=None if seed is None else [seed], backend=backend,
     )  # fmt: skip
 
 
@@ -164,6 +175,7 @@ def penalty_adamw_many_(
     eps: float,
     weight_decay: float,
     weight: float | Tensor,
+    keep_anchor: bool = False,
     seeds: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> PenaltyStats:
@@ -172,7 +184,7 @@ def penalty_adamw_many_(
     Args:
         params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs: one entry a parameter, each as in
             `penalty_adamw_`; all parameters of one type and on one device, and so the others.
-        step, lr, betas, eps, weight_decay, weight, backend: as in `penalty_adamw_`.
+        step, lr, betas, eps, weight_decay, weight, keep_anchor, backend: as in `penalty_adamw_`.
         seeds: one for each parameter, or None.
 
     Returns:
@@ -189,7 +201,8 @@ def penalty_adamw_many_(
     check_launch("penalty_adamw_", lists, backend)
     if seeds is not None and len(seeds) != len(lists["param"]):
         raise ValueError(f"seeds has {len(seeds)} entries; expected one for each of {len(lists['param'])} parameters")
-    scalars = step_scalars(step, weight, lists["param"][0].device, lr, betas, eps, weight_decay)
+    device = lists["param"][0].device
+    scalars = step_scalars(step, weight, device, lr, betas, eps, weight_decay, keep_anchor=keep_anchor)
     return run_penalty_adamw(lists, scalars, seeds, backend)
 
 
@@ -257,10 +270,12 @@ def _penalty(
     prev_attributions: Sequence[Tensor],
     host_scalars: Sequence[float],
     device_scalars: Tensor | None,
+    keep_anchor: bool,
     backend: str,
 ) -> Tensor:
     run = backends.select("penalty_", backend, params[0], grads[0], prev_attributions[0])
-    return run(grads, params, target_grads, prev_attributions, StepScalars(list(host_scalars), device_scalars))
+    scalars = StepScalars(list(host_scalars), device_scalars, keep_anchor)
+    return run(grads, params, target_grads, prev_attributions, scalars)
 
 
 @torch.library.custom_op(
@@ -275,11 +290,12 @@ def _penalty_adamw(
     exp_avg_sqs: Sequence[Tensor],
     host_scalars: Sequence[float],
     device_scalars: Tensor | None,
+    keep_anchor: bool,
     seeds: Sequence[int] | None,
     backend: str,
 ) -> Tensor:
     run = backends.select("penalty_adamw_", backend, params[0], grads[0], prev_attributions[0])
-    scalars = StepScalars(list(host_scalars), device_scalars)
+    scalars = StepScalars(list(host_scalars), device_scalars, keep_anchor)
     return run(params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs, scalars, seeds)
 
 

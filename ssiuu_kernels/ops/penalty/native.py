@@ -42,7 +42,8 @@ def _run(op, params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_s
     call(
         op, params[0], *(DTYPE_CODES[tensors[0].dtype] for tensors in (params, grads, prev_attributions)),
         sizes, *(_addresses(tensors, len(sizes)) for tensors in lists), [seed & 0xFFFFFFFF for seed in seeds or ()],
-        scalars.host, 0 if scalars.device is None else scalars.device.data_ptr(), sums.data_ptr(),
+        scalars.host, 0 if scalars.device is None else scalars.device.data_ptr(), scalars.keep_anchor,
+        sums.data_ptr(),
         workspace=(sizes,),
     )  # fmt: skip
     return sums

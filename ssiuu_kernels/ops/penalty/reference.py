@@ -18,7 +18,12 @@ def _as_dict(scalars: StepScalars, dtype: torch.dtype) -> dict[str, float | Tens
 
 
 def penalty_gradient(
-    param: Tensor, grad: Tensor, target_grad: Tensor, prev_attribution: Tensor, s: dict[str, float | Tensor]
+    param: Tensor,
+    grad: Tensor,
+    target_grad: Tensor,
+    prev_attribution: Tensor,
+    s: dict[str, float | Tensor],
+    keep_anchor: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`2 lambda (A_t - A_{t-1}) gP` where `A_t < 0` and `A_{t-1}` is known, else 0 (Eq. 6-14), with its sums.
 
@@ -31,16 +36,18 @@ def penalty_gradient(
         s: the step's scalars; at the first step the threshold is -infinity, so that there is no penalty.
 
     Returns:
-        The penalty gradient, `A_t`, and the float64 `[5]` of `PenaltyStats.from_sums`.
+        The penalty gradient; what `prev_attribution` becomes; the float64 `[5]` of `PenaltyStats.from_sums`.
     """
-    attribution = param * target_grad
-    spared = ~(attribution < s["threshold"]) | prev_attribution.isnan()
+    attribution, unknown = param * target_grad, prev_attribution.isnan()
+    spared = ~(attribution < s["threshold"]) | unknown
     change = (attribution - prev_attribution.to(attribution.dtype)).masked_fill_(spared, 0)
     value = _sum_of_squares(change)
     penalty_grad = change.mul_(s["twice_weight"]).mul_(target_grad).masked_fill_(spared | (s["twice_weight"] == 0), 0)
     outweighed = penalty_grad.abs() > grad.abs()  # nowhere outside I-, where the penalty gradient is 0
     counts = (outweighed.count_nonzero().double(), (attribution < 0).count_nonzero().double())
     sums = torch.stack([value, _sum_of_squares(penalty_grad), _sum_of_squares(grad), *counts])
+    if keep_anchor:  # but not at the first step
+        attribution = torch.where(unknown | (s["threshold"] != 0), attribution, prev_attribution)
     return penalty_grad, attribution, sums
 
 
@@ -65,10 +72,10 @@ def penalty_(
     total = torch.zeros(5, dtype=torch.float64, device=params[0].device)
     for grad, param, target_grad, prev_attribution in zip(grads, params, target_grads, prev_attributions, strict=True):
         loss_grad = grad.to(dtype)
-        penalty_grad, attribution, sums = penalty_gradient(
-            param.to(dtype), loss_grad, target_grad.to(dtype), prev_attribution, s
+        penalty_grad, anchor, sums = penalty_gradient(
+            param.to(dtype), loss_grad, target_grad.to(dtype), prev_attribution, s, scalars.keep_anchor
         )
-        prev_attribution.copy_(attribution)
+        prev_attribution.copy_(anchor)
         grad.copy_(penalty_grad.add_(loss_grad))
         total += sums
     return total
@@ -89,8 +96,8 @@ def penalty_adamw_(
     total = torch.zeros(5, dtype=torch.float64, device=params[0].device)
     for i, param in enumerate(params):
         loss_grad, old = grads[i].to(dtype), param.to(dtype)
-        penalty_grad, attribution, sums = penalty_gradient(
-            old, loss_grad, target_grads[i].to(dtype), prev_attributions[i], s
+        penalty_grad, anchor, sums = penalty_gradient(
+            old, loss_grad, target_grads[i].to(dtype), prev_attributions[i], s, scalars.keep_anchor
         )
         update = penalty_grad.add_(loss_grad)
         # AdamW as torch.optim.AdamW: decay first, then the bias-corrected step. `to` is a no-op in float32.
@@ -99,7 +106,7 @@ def penalty_adamw_(
         square = square.mul_(s["beta2"]).add_(update.square_().mul_(s["one_minus_beta2"]))
         denominator = square.sqrt().mul_(s["inv_sqrt_bias_correct2"]).add_(s["eps"])
         new = old.mul_(s["decay"]).sub_((mean / denominator).mul_(s["step_size"]))
-        results = (new, attribution, mean, square)
+        results = (new, anchor, mean, square)
         bits = [None] * 4 if seeds is None else random_bits(seeds[i], s["step"], param.numel(), param.device)
         targets = (param, prev_attributions[i], exp_avgs[i], exp_avg_sqs[i])
         for target, result, draw in zip(targets, results, bits, strict=True):

@@ -26,10 +26,17 @@ FIELDS = (
 
 
 class StepScalars(NamedTuple):
-    """The scalars of `FIELDS`; `device`, float64 `[10]` where the parameters are, counts where it is not None."""
+    """What a step does to every scalar.
+
+    Attributes:
+        host: the values of `FIELDS`.
+        device: the same, float64 `[10]` where the parameters are; counts where it is not None.
+        keep_anchor: `prev_attribution` stays where it is known; A_t replaces it at the first step, and where it is NaN.
+    """
 
     host: list[float]
     device: Tensor | None
+    keep_anchor: bool
 
 
 def step_scalars(
@@ -40,25 +47,36 @@ def step_scalars(
     betas: tuple[float, float] = (0.0, 0.0),
     eps: float = 0.0,
     weight_decay: float = 0.0,
+    *,
+    keep_anchor: bool = False,
+    anchored: bool = False,
 ) -> StepScalars:
     """Derived from numbers on the host; or, where step, weight or lr is a tensor, on its device without reading it.
 
     There a weight or lr that is out of range or not finite cannot be refused: both count as 0 then, so that no
     parameter is written from it.
 
+    Args:
+        step: AdamW's, counted from 1.
+        keep_anchor: see `StepScalars`.
+        anchored: `prev_attribution` counts at step 1 too (NaN where nothing was measured). If false, step 1 has no
+            `A_{t-1}`, whatever the tensor holds.
+
     Raises:
         ValueError: a number out of its range.
     """
     check_scalars(step, weight, lr, betas, eps, weight_decay)
     if not any(isinstance(value, Tensor) for value in (step, weight, lr)):
-        threshold = 0.0 if step > 1 else -math.inf
-        return StepScalars([*_adamw(step, lr, betas, eps, weight_decay, math.sqrt), 2 * weight, threshold, step], None)
+        threshold = 0.0 if anchored or step > 1 else -math.inf
+        host = [*_adamw(step, lr, betas, eps, weight_decay, math.sqrt), 2 * weight, threshold, step]
+        return StepScalars(host, None, keep_anchor)
     step, weight, lr = (_on_device(value, device) for value in (step, weight, lr))
     both = usable(weight, lr * _reach(betas, weight_decay))
     weight, lr, step = torch.where(both, weight, 0), torch.where(both, lr, 0), torch.where(step >= 1, step, 1)
-    threshold = torch.where(step > 1, 0.0, -math.inf)
+    threshold = torch.where(step > 1, 0.0, 0.0 if anchored else -math.inf)
     derived = [*_adamw(step, lr, betas, eps, weight_decay, torch.sqrt), 2 * weight, threshold, step]
-    return StepScalars([0.0] * len(FIELDS), torch.stack([_on_device(value, device) for value in derived]))
+    on_device = torch.stack([_on_device(value, device) for value in derived])
+    return StepScalars([0.0] * len(FIELDS), on_device, keep_anchor)
 
 
 def check_scalars(

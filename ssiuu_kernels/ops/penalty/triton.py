@@ -73,7 +73,7 @@ def penalty_chunk(
     param, grad, target_grad, prev_attribution, exp_avg, exp_avg_sq, n, chunk, sums, device_scalars, seed,
     decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correct2, eps, twice_weight,
     threshold, step,
-    ADAMW: tl.constexpr, STOCHASTIC: tl.constexpr, DEVICE_SCALARS: tl.constexpr,
+    ADAMW: tl.constexpr, STOCHASTIC: tl.constexpr, DEVICE_SCALARS: tl.constexpr, KEEP_ANCHOR: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scalars [chunk * CHUNK, (chunk + 1) * CHUNK) of one parameter; see `penalty_kernel`."""
@@ -109,6 +109,9 @@ def penalty_chunk(
         outweighed += tl.sum((tl.abs(penalty_grad) > tl.abs(loss_grad)).to(tl.int32), 0)
         negative += tl.sum((attribution < 0).to(tl.int32), 0)
         total = loss_grad + penalty_grad
+        anchor = attribution
+        if KEEP_ANCHOR:  # but not at the first step
+            anchor = tl.where(threshold == 0, tl.where(before == before, before, attribution), attribution)
         if ADAMW:
             m = tl.load(exp_avg + index, mask=inside, other=0.0).to(tl.float32)
             v = tl.load(exp_avg_sq + index, mask=inside, other=0.0).to(tl.float32)
@@ -122,12 +125,12 @@ def penalty_chunk(
                 first = random_bits(key, index, 0)
                 second = random_bits(key, index, 1)
             store_rounded(param + index, w, first, inside, STOCHASTIC)
-            store_rounded(prev_attribution + index, attribution, first >> 16, inside, STOCHASTIC)
+            store_rounded(prev_attribution + index, anchor, first >> 16, inside, STOCHASTIC)
             store_rounded(exp_avg + index, m, second, inside, STOCHASTIC)
             store_rounded(exp_avg_sq + index, v, second >> 16, inside, STOCHASTIC)
         else:
             tl.store(grad + index, total.to(grad.dtype.element_ty), mask=inside)
-            tl.store(prev_attribution + index, attribution.to(prev_attribution.dtype.element_ty), mask=inside)
+            tl.store(prev_attribution + index, anchor.to(prev_attribution.dtype.element_ty), mask=inside)
     row = sums + tl.program_id(0) * 5
     tl.store(row, value)
     tl.store(row + 1, penalty_square)
@@ -150,13 +153,13 @@ def penalty_kernel(
     seed,
     decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correct2, eps, twice_weight,
     threshold, step,
-    ADAMW: tl.constexpr, STOCHASTIC: tl.constexpr, DEVICE_SCALARS: tl.constexpr,
+    ADAMW: tl.constexpr, STOCHASTIC: tl.constexpr, DEVICE_SCALARS: tl.constexpr, KEEP_ANCHOR: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     penalty_chunk(
         param, grad, target_grad, prev_attribution, exp_avg, exp_avg_sq, n, tl.program_id(0), sums, device_scalars,
         seed, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correct2, eps, twice_weight,
-        threshold, step, ADAMW, STOCHASTIC, DEVICE_SCALARS, CHUNK, BLOCK,
+        threshold, step, ADAMW, STOCHASTIC, DEVICE_SCALARS, KEEP_ANCHOR, CHUNK, BLOCK,
     )  # fmt: skip
 
 
@@ -169,7 +172,7 @@ def penalty_many_kernel(
     decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correct2, eps, twice_weight,
     threshold, step,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
-    ADAMW: tl.constexpr, STOCHASTIC: tl.constexpr, DEVICE_SCALARS: tl.constexpr,
+    ADAMW: tl.constexpr, STOCHASTIC: tl.constexpr, DEVICE_SCALARS: tl.constexpr, KEEP_ANCHOR: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -188,7 +191,7 @@ def penalty_many_kernel(
         tl.load(entry + 6 * parameters), program - tl.load(entry + 8 * parameters), sums, device_scalars,
         tl.load(entry + 7 * parameters), decay, one_minus_beta1, beta2, one_minus_beta2, step_size,
         inv_sqrt_bias_correct2, eps, twice_weight, threshold, step,
-        ADAMW, STOCHASTIC, DEVICE_SCALARS, CHUNK, BLOCK,
+        ADAMW, STOCHASTIC, DEVICE_SCALARS, KEEP_ANCHOR, CHUNK, BLOCK,
     )  # fmt: skip
 
 
@@ -230,6 +233,7 @@ def _run(params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs, 
     numbers = dict(zip(FIELDS, scalars.host, strict=True))
     common = {
         "ADAMW": adamw, "STOCHASTIC": seeds is not None, "DEVICE_SCALARS": scalars.device is not None,
+        "KEEP_ANCHOR": scalars.keep_anchor,
         "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     device_scalars = sums if scalars.device is None else scalars.device

@@ -109,10 +109,10 @@ def test_gradients_are_left_alone_by_the_update(backend):
 def test_opcheck(backend):
     param, grad, target_grad, previous, exp_avg, exp_avg_sq = ([x] for x in make_inputs(40, TYPES["float32"]))
     scalars = step_scalars(2, 0.3, torch.device("cpu"), **ADAMW).host
-    torch.library.opcheck(torch.ops.ssiuu.penalty_, (grad, param, target_grad, previous, scalars, None, backend))
+    torch.library.opcheck(torch.ops.ssiuu.penalty_, (grad, param, target_grad, previous, scalars, None, True, backend))
     states = (previous, exp_avg, exp_avg_sq)
     torch.library.opcheck(
-        torch.ops.ssiuu.penalty_adamw_, (param, grad, target_grad, *states, scalars, None, [7], backend)
+        torch.ops.ssiuu.penalty_adamw_, (param, grad, target_grad, *states, scalars, None, True, [7], backend)
     )
 
 
@@ -207,6 +207,49 @@ def test_an_attribution_that_was_never_measured_is_not_penalised(types, backend)
     kept = untouched.clone()
     sk.ops.penalty_(untouched, param, target_grad, torch.full_like(previous, math.nan), **options)
     assert torch.equal(untouched, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize(
+    ("step", "seed"), [(1, None), (2, 11), (torch.tensor(1), 11), (torch.tensor(2), None)], ids=str
+)
+def test_a_kept_anchor_is_written_once_and_changes_nothing_else(seed, step, types, backend):
+    """At step 1, and later where it was never measured. The rest of the step is the same, to the bit."""
+    tensors = make_inputs(303, types)
+    tensors[3][::5] = math.nan
+    tensors[3][1::7] = math.inf
+    before, twins = tensors[3].clone(), [tensor.clone() for tensor in tensors]
+    options = {"step": step, "weight": 0.3, "seed": seed, "backend": backend, **ADAMW}
+    stats = sk.ops.penalty_adamw_(*tensors, **options, keep_anchor=True)
+    assert stats == sk.ops.penalty_adamw_(*twins, **options)
+    expected = twins[3] if step == 1 else torch.where(before.isnan(), twins[3], before)
+    assert torch.equal(tensors[3], expected)
+    for place in (0, 1, 2, 4, 5):
+        assert torch.equal(tensors[place].nan_to_num(7.0), twins[place].nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_kept_anchor_of_the_penalty_alone(step, types, backend):
+    param, grad, target_grad, previous, *_ = make_inputs(303, types)
+    previous[::5] = math.nan
+    before, twin, replaced = previous.clone(), grad.clone(), previous.clone()
+    options = {"step": step, "weight": 0.3, "backend": backend}
+    stats = sk.ops.penalty_(grad, param, target_grad, previous, **options, keep_anchor=True)
+    assert stats == sk.ops.penalty_(twin, param, target_grad, replaced, **options)
+    assert torch.equal(grad, twin)
+    assert torch.equal(previous, replaced if step == 1 else torch.where(before.isnan(), replaced, before))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+def test_without_a_kept_anchor_every_attribution_is_stored_to_the_bit(types, backend):
+    param, grad, target_grad, previous, *_ = make_inputs(1003, types)
+    attribution = param.float() * target_grad.float()
+    sk.ops.penalty_(grad, param, target_grad, previous, weight=0.3, step=2, backend=backend)
+    assert torch.equal(previous, attribution.to(previous.dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

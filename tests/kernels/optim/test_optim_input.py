@@ -62,6 +62,7 @@ BAD_GROUPS = {
     "an infinite weight in a tensor": ("penalty_weight=inf", {"penalty_weight": torch.tensor(math.inf)}),
     "a weight with a dimension": (r"penalty_weight has shape \[1\]", {"penalty_weight": torch.ones(1)}),
     "a share from a weight of 0": ("cannot be steered", {"penalty_weight": 0.0, "penalty_share": 0.5}),
+    "an unknown anchor": ("anchor='first'; expected one of previous, original", {"anchor": "first"}),
     "maximize": ("maximize=True", {"maximize": True}),
     "amsgrad": ("amsgrad=True", {"amsgrad": True}),
     "differentiable": ("differentiable=True", {"differentiable": True}),
