@@ -16,7 +16,7 @@ from ..methods.base import Method, UnlearnData
 from ..optimizers import OptimizerOptions, adamw
 from ..options import UnlearnOptions
 from .base import Regularizer, refuse_bfloat16, trained
-from .original import target_gradients
+from .original import attribution, target_gradients
 from .registry import register_regularizer
 
 BATCH_SIZE = 4  # forget samples per forward and backward of the mask
@@ -63,15 +63,7 @@ class Mask(Regularizer):
         for grads in target_gradients(model, data, "log_prob", BATCH_SIZE):
             for total, grad in zip(totals, grads, strict=True):
                 total += grad
-        self.damped = {}
-        for param, total in zip(params, totals, strict=True):
-            attribution = total.mul_(param.detach())
-            if not bool(attribution.isfinite().all()):
-                raise ValueError(
-                    f"regularizer='mask' found an attribution of a parameter of shape {list(param.shape)} that is not "
-                    "finite; check the model's weights"
-                )
-            self.damped[param] = attribution <= 0
+        self.damped = {param: attribution(param, total) <= 0 for param, total in zip(params, totals, strict=True)}
 
     def optimizer(self, params: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
         made = adamw(params, options)

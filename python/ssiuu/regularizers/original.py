@@ -1,11 +1,11 @@
-"""The model before unlearning: the gradients of the answers that it gives to the forget facts."""
+"""The model before unlearning: gradients and attributions of the answers that it gives to the forget facts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
@@ -20,7 +20,7 @@ from .base import trained
 def target_gradients(model: PreTrainedModel, data: UnlearnData, target: str, size: int) -> Iterator[list[Tensor]]:
     """`sum_b d target_b / dphi` over every `size` forget samples in turn, one tensor per trained parameter.
 
-    By plain backwards in eval mode. `grad` and the random number generators are left alone.
+    By plain backwards in eval mode, without autocast. `grad` and the random number generators are left alone.
 
     Args:
         target: as in `ssiuu_kernels`' unlearning_loss.
@@ -37,3 +37,43 @@ def target_gradients(model: PreTrainedModel, data: UnlearnData, target: str, siz
             grads = torch.autograd.grad(log_probs, params, factor, allow_unused=True, materialize_grads=True)
             bar.advance(len(part))
             yield list(grads)
+
+
+def attribution(param: nn.Parameter, grad: Tensor) -> Tensor:
+    """`phi * grad`, apart; a ValueError where it is not finite."""
+    found = grad * param.detach()
+    if not bool(found.isfinite().all()):
+        raise ValueError(
+            f"an attribution of the original model, of a parameter of shape {list(param.shape)}, is not finite; check "
+            "the model's weights"
+        )
+    return found
+
+
+class OriginalAttributions:
+    """`A = phi dtarget_b/dphi` of the model before unlearning, of each forget fact b by itself.
+
+    Kept on the CPU in the parameters' types.
+
+    Args:
+        model, data, target: as in `target_gradients`.
+
+    Raises:
+        ValueError: an attribution that is not finite.
+    """
+
+    def __init__(self, model: PreTrainedModel, data: UnlearnData, target: str):
+        params, facts = trained(model), len(data.forget_samples)
+        self._of = {param: torch.empty((facts, *param.shape), dtype=param.dtype, device="cpu") for param in params}
+        for fact, grads in enumerate(target_gradients(model, data, target, 1)):
+            for param, grad in zip(params, grads, strict=True):
+                self._of[param][fact] = attribution(param, grad)
+
+    @staticmethod
+    def size(model: PreTrainedModel, data: UnlearnData) -> int:
+        """Bytes that they take."""
+        return len(data.forget_samples) * sum(param.numel() * param.element_size() for param in trained(model))
+
+    def sum_over(self, facts: Sequence[int]) -> dict[nn.Parameter, Tensor]:
+        """The sum over these facts, each as often as it is named; on the CPU, shaped like the parameters."""
+        return {param: values[list(facts)].sum(0) for param, values in self._of.items()}

@@ -8,16 +8,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import check_target
 from ssiuu_kernels.ops.common.precision import LARGEST
+from ssiuu_kernels.optim.param_groups import ANCHORS, ORIGINAL, PREVIOUS
 
-from ..methods.base import Batch, LikelihoodMethod, Method
+from ..methods.base import Batch, LikelihoodMethod, Method, UnlearnData
 from ..optimizers import OptimizerOptions, check_update_in_backward
 from ..options import UnlearnOptions
 from .base import Regularizer
+from .original import OriginalAttributions
 from .registry import register_regularizer
+
+ORIGINAL_BYTES = 4 << 30  # of the original attributions of each forget fact, at most
 
 
 def check_penalty(weight: float, target: str) -> None:
@@ -51,21 +56,56 @@ class Ssiuu(Regularizer):
             penalty_share: steer lambda so that this share of the parameters of negative attribution has a penalty
                 gradient above its loss gradient; None keeps lambda fixed, as in the paper.
             target: attributed quantity: "prob" (the paper), "geometric_mean_prob" or "log_prob".
+            anchor: what A_t is compared with: "previous", A of the step before (Algorithm 1), or "original", A of the
+                model before unlearning over the same facts (the "original level" of the paper's text).
         """
 
         penalty_weight: float = 1e-3
         penalty_share: float | None = None
         target: str = "prob"
+        anchor: str = PREVIOUS
 
     def check(self, method: Method, run: UnlearnOptions) -> None:
         check_penalty(self.options.penalty_weight, self.options.target)
         share = self.options.penalty_share
         if share is not None and not 0 < share < 1:
             raise ValueError(f"penalty_share={share}; expected a fraction between 0 and 1")
+        if self.options.anchor not in ANCHORS:
+            raise ValueError(f"anchor={self.options.anchor!r} is unknown; expected one of {', '.join(ANCHORS)}")
         if run.update_in_backward:
             check_update_in_backward(run.accumulate)
+        self.run = run
+
+    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
+        """As for `Regularizer.setup`.
+
+        Raises:
+            ValueError: the original attributions of each fact are needed, and are larger than ORIGINAL_BYTES.
+        """
+        super().setup(model, handle, method, data)
+        self._seen: list[int] = []  # forget facts of the step so far
+        self._original: OriginalAttributions | None = None
+        if self.options.anchor == ORIGINAL and (why := self._facts_vary()):
+            size = OriginalAttributions.size(model, data)
+            if size > ORIGINAL_BYTES:
+                raise ValueError(
+                    f"anchor='original' would keep {size / 2**30:.1f} GiB on the CPU, the attributions of each of the "
+                    f"{len(data.forget)} forget facts, since {why}; expected at most {ORIGINAL_BYTES / 2**30:g} GiB "
+                    "(ORIGINAL_BYTES): use --anchor previous, or fewer facts"
+                )
+            self._original = OriginalAttributions(model, data, self.options.target)
+
+    def _facts_vary(self) -> str | None:
+        """Why steps sum A over different facts; None where all steps see the same ones."""
+        facts, number = len(self.data.forget), forget_per_step(self.run, len(self.data.forget))
+        if number % facts:
+            return f"a step sees {number} forget samples (--forget-batch 0 --accumulate 1 would see every fact)"
+        if type(self.method).dropped is not Method.dropped:
+            return f"method {self.method.name!r} drops facts"
+        return None
 
     def loss(self, batch: Batch) -> Tensor:
+        self._set_anchor(batch)
         target = self.options.target
         if isinstance(self.method, LikelihoodMethod):
             logits, objective = self.method.forward(batch), self.method.objective(batch)
@@ -75,6 +115,18 @@ class Ssiuu(Regularizer):
             batch = batch.only(batch.forget)
             logits = self.method.forward(batch)
         return value + self.handle.target_term(logits, batch.labels, batch.forget, target)
+
+    def _set_anchor(self, batch: Batch) -> None:
+        """Give the optimizer A of the original model over the step's facts so far.
+
+        Before the backward, in which parameters may be updated. The first step measures A of the original model itself,
+        and penalises nothing.
+        """
+        if self._original is None:
+            return
+        self._seen += batch.ids[batch.forget].tolist()
+        if self._seen and self.adamw.state:
+            self.adamw.set_anchor(self._original.sum_over(self._seen))
 
     def optimizer(self, params: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
         self.adamw = sk.SsiuuAdamW(
@@ -86,7 +138,9 @@ class Ssiuu(Regularizer):
             update_in_backward=options.update_in_backward,
             stochastic_rounding=options.stochastic_rounding,
             seed=options.seed,
+            anchor=self.options.anchor,
         )
+        self.adamw.register_step_post_hook(lambda *_: self._seen.clear())
         return self.adamw
 
     def metrics(self) -> dict[str, float]:

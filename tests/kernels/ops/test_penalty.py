@@ -253,6 +253,22 @@ def test_without_a_kept_anchor_every_attribution_is_stored_to_the_bit(types, bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_without_a_kept_anchor_are_exact_where_the_numbers_are_short(backend):
+    """Three steps of Algorithm 1 on multiples of 1/16: no product or sum is rounded, in whatever order or fused."""
+    previous = torch.full((1003,), math.nan)
+    for step in (1, 2, 3):
+        param, target_grad, grad = (torch.randint(-48, 49, (1003,)) / 16 for _ in range(3))
+        attribution = param.double() * target_grad.double()
+        growth = torch.where(attribution < 0, attribution - previous, 0).nan_to_num(0.0)
+        expected = grad + 0.5 * growth * target_grad.double()
+        stats = sk.ops.penalty_(grad, param, target_grad, previous, weight=0.25, step=step, backend=backend)
+        assert torch.equal(grad.double(), expected)
+        assert torch.equal(previous.double(), attribution)
+        assert stats.value == growth.square().sum()
+    assert stats.value > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_infinity_and_nan_go_where_the_formula_puts_them(backend):
     param, grad, target_grad, previous = eager.specials(4, torch.float32)
     attribution = param * target_grad

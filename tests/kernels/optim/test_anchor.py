@@ -9,6 +9,7 @@ import torch
 import ssiuu_kernels as sk
 from ssiuu_kernels.optim import update_in_backward
 
+from ...support.models import logits_of, tiny_batch, tiny_model
 from .test_optim_input import apply, everything, without_forget_samples
 
 ANCHORS = ["previous", "original"]
@@ -98,6 +99,32 @@ def test_adamw_equals_the_formulas(kind, anchor):
     params, optimizer, expected = prepared(kind, anchor)
     assert_steps(optimizer, params, expected, 5)
     assert (optimizer.penalty_weight != WEIGHT) == (kind == "steered")
+
+
+def test_a_model_takes_the_steps_of_version_0_1_0_bit_for_bit():
+    """Whose optimizer called the op with the number of the step, and without an anchor to keep."""
+    model, batch = tiny_model(), tiny_batch()
+    twins = {param: param.detach().clone() for param in model.parameters()}
+    names = ("prev_attribution", "exp_avg", "exp_avg_sq")
+    states = {param: {name: torch.zeros_like(twin) for name in names} for param, twin in twins.items()}
+    optimizer = sk.SsiuuAdamW(model.parameters(), **ADAMW, penalty_weight=10.0)
+    forget = torch.tensor([True, True, False, False])
+    for number in range(1, 6):
+        with sk.patch(model, scope="all") as handle:
+            logits = logits_of(model, batch)
+            handle.unlearning_loss(logits, batch["labels"], forget, target="geometric_mean_prob").backward()
+            value = 0.0
+            for param, twin in twins.items():
+                grads = (param.grad.clone(), param.target_grad.clone())
+                tensors = (twin, *grads, *states[param].values())
+                value += sk.ops.penalty_adamw_(*tensors, step=number, weight=10.0, **ADAMW).value
+            optimizer.step()
+            assert optimizer.last_stats.value == pytest.approx(float(value), rel=1e-12)
+            optimizer.zero_grad()
+    assert value > 0
+    for param, twin in twins.items():
+        assert torch.equal(param, twin)
+        assert all(torch.equal(optimizer.state[param][name], states[param][name]) for name in names)
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
@@ -326,6 +353,7 @@ def test_a_state_of_version_0_1_0_is_of_the_previous():
     others = [torch.nn.Parameter(param.detach().clone()) for param in params]
     other = sk.SsiuuAdamW(others, **ADAMW)
     other.load_state_dict(saved)
+    assert other.param_groups[0]["anchor"] == "previous"
     grads = gradients(params)
     step(optimizer, params, grads)
     step(other, others, grads)

@@ -27,6 +27,17 @@ def test_three_steps_lower_the_forget_probability(options, tmp_path, name):
     assert {line["engine"] for line in lines(run)} == {"plain"}
 
 
+# dpo's batches hold refusals too; rmu's loss is not a function of log-likelihoods, and trains some of the parameters.
+OTHERS = [("dpo", name, {}) for name in REGULARIZERS]
+OTHERS += [("rmu", name, {"rmu_layer": 1}) for name in REGULARIZERS if name != "ssiuu-neuron"]
+
+
+@pytest.mark.parametrize(("method", "name", "settings"), OTHERS, ids=str)
+def test_it_goes_with_other_methods(options, tmp_path, method, name, settings):
+    run = unlearn(by(options, method, name, max_steps=2, **settings, **REGULARIZERS[name]), tmp_path / "run")
+    assert lines(run)[1].get("penalty", 1) > 0
+
+
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_a_killed_run_resumes_bit_for_bit(options, tmp_path, monkeypatch, name):
     options = by(options, "gd", name, accumulate=2, forget_batch=2, max_steps=4, **REGULARIZERS[name])
