@@ -82,6 +82,14 @@ def test_a_method_of_another_package(install, model_dir, facts_file, tmp_path):
     assert (config["method"], config["their_option"], config["status"]) == ("theirs", 3, "complete")
 
 
+def test_methods_and_regularizers_are_listed_without_transformers(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    # It takes as long to import as all else that --help needs.
+    script = "import sys; from ssiuu.pairs import option_owners; option_owners(); print('transformers' in sys.modules)"
+    listed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert listed.stdout == "False\n"
+
+
 BROKEN = {
     "ImportError": ("import no_such_module", "No module named 'no_such_module'"),
     "SyntaxError": ("def", "invalid syntax (their_package.py, line 1)"),
@@ -98,9 +106,9 @@ def test_a_package_that_cannot_be_imported_is_left_out(install, caplog, source, 
 
 
 def test_two_packages_with_one_name(install, monkeypatch):
+    monkeypatch.setattr(register_method.__self__, "_known", methods())  # before they are installed
     install("their_package", METHOD)
     install("their_other_package", METHOD)
-    monkeypatch.setattr(register_method.__self__, "_known", methods())
     with pytest.raises(NameTakenError, match="two methods are named 'theirs': ") as refused:
         Registry("method", "ssiuu.methods").all()
     assert {"their_package.Theirs", "their_other_package.Theirs"} <= set(str(refused.value).replace(";", "").split())

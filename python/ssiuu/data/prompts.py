@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ssiuu_kernels.log_probs import IGNORE_INDEX
 
@@ -36,7 +35,7 @@ class PromptFormat:
     tokenizer adds are left out.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: of the model, one of transformers.
         shots: number of worked examples, 0 to 3. Small models answer far more surely with some than with none.
         longest: tokens that the model has positions for (`models.load.position_limit`); None where there is no limit.
 
@@ -44,7 +43,7 @@ class PromptFormat:
         ValueError: shots out of range.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, shots: int, longest: int | None = None):
+    def __init__(self, tokenizer: Any, shots: int, longest: int | None = None):
         if not 0 <= shots <= len(EXAMPLES):
             raise ValueError(f"shots={shots}; expected 0 to {len(EXAMPLES)} worked examples")
         self.tokenizer, self.longest = tokenizer, longest

@@ -6,18 +6,16 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
 
 from ssiuu_kernels import sequence_log_probs
 
 from ..data.facts import Fact, all_have_options
 from ..data.prompts import Encoded, PromptFormat
 from .mode import eval_mode
-from .rouge import rouge_recall
 
 SHORTEST_SHARED = 8  # tokens at the start of all prompts that are worth a forward of their own
 CACHE_NAMES = ("cache", "past_key_values")  # what forwards call it, the newest name first
@@ -49,7 +47,7 @@ class FactScores(NamedTuple):
 
 
 def score_facts(
-    model: PreTrainedModel,
+    model: nn.Module,
     prompts: PromptFormat,
     facts: Sequence[Fact],
     *,
@@ -73,7 +71,12 @@ def score_facts(
         by_fact = zip(log_probs.split(counts), lengths.split(counts), strict=True)
         probability, margin = zip(*[_probability_and_margin(s, n) for s, n in by_fact], strict=True)
         probability, margin = torch.stack(probability), torch.stack(margin)
-        score = (margin > 0).float() if options else rouge_recall(model, prompts, facts, written)
+        if options:
+            score = (margin > 0).float()
+        else:
+            from .rouge import rouge_recall  # loads transformers and nltk, for which a list of methods should not wait
+
+            score = rouge_recall(model, prompts, facts, written)
     return FactScores(score, probability, margin)
 
 
@@ -96,7 +99,7 @@ def _per(progress: Callable[[int], None], counts: Sequence[int]) -> Callable[[in
 
 @torch.inference_mode()
 def log_probs_and_lengths(
-    model: PreTrainedModel,
+    model: nn.Module,
     prompts: PromptFormat,
     encoded: Sequence[Encoded],
     batch_size: int,
@@ -117,14 +120,14 @@ def log_probs_and_lengths(
 
 
 class _SharedStart(NamedTuple):
-    """The tokens that all prompts begin with, as a KV cache; of length 0 where there is none."""
+    """The tokens that all prompts begin with, as transformers' KV cache; of length 0 where there is none."""
 
     length: int
     name: str | None
-    cache: DynamicCache | None
+    cache: Any
 
     @classmethod
-    def of(cls, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> _SharedStart:
+    def of(cls, model: nn.Module, prompts: Sequence[Sequence[int]]) -> _SharedStart:
         nothing = cls(0, None, None)
         first, last = min(prompts), max(prompts)  # what these two share, all do
         length = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
@@ -133,6 +136,8 @@ class _SharedStart(NamedTuple):
         name = next((name for name in CACHE_NAMES if name in taken), None)
         if length < SHORTEST_SHARED or len(prompts) == 1 or name is None:
             return nothing
+        from transformers import DynamicCache
+
         cache = DynamicCache(config=model.config)
         ids = torch.tensor([list(first[:length])], device=model.device)
         model(input_ids=ids, use_cache=True, **{name: cache})

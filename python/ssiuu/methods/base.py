@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.loss.objectives import Objective
@@ -101,7 +100,7 @@ class Method(ABC):
         summary: one line.
         source: where the method comes from, and what in it is our choice.
         Options: a frozen dataclass, whose field names are the option names.
-        model, handle, data: from `setup`.
+        model, handle, data: from `setup`; the model is a causal language model of transformers.
     """
 
     name: ClassVar[str]
@@ -123,7 +122,7 @@ class Method(ABC):
         No model is loaded yet.
         """
 
-    def parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters to train; the others are frozen during the run.
 
         Raises:
@@ -135,7 +134,7 @@ class Method(ABC):
         """A sample that goes with each forget sample; None where the method needs none."""
         return None
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, data: UnlearnData) -> None:
         """Prepare what the loss needs once: reference log-probabilities, frozen activations, masks.
 
         The model is the one before unlearning, also where a run is resumed. What is kept here is not in a checkpoint

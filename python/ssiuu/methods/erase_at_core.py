@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 from ssiuu_kernels import IGNORE_INDEX
@@ -78,7 +77,7 @@ class EraseAtCore(Method):
         if not 0 < options.eac_temperature < math.inf:
             raise ValueError(f"eac_temperature={options.eac_temperature}; expected a finite number above 0")
 
-    def parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         layers, number = decoder_layers(model), self.options.eac_layers
         if number > len(layers):
             raise ValueError(
@@ -86,7 +85,7 @@ class EraseAtCore(Method):
             )
         return [param for layer in layers for param in layer.parameters()]
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, data: UnlearnData) -> None:
         """
         Raises:
             ValueError: no retain fact has another answer than a forget fact; logits that the lens does not give.

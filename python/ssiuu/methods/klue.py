@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.modules.recognise import Mlp, find_mlps, is_transposed
@@ -109,7 +108,7 @@ class Klue(GradientDifference):
                 "expected 0"
             )
 
-    def parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """Weights and biases of the MLPs' neurons.
 
         Raises:
@@ -123,7 +122,7 @@ class Klue(GradientDifference):
             raise ValueError(f"method 'klue' needs MLPs, and {type(model).__name__} has none of a form that is known")
         return [neuron.param for mlp in found.values() for neuron in neuron_parameters(mlp)]
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, data: UnlearnData) -> None:
         super().setup(model, handle, data)
         for name, chosen in self.chosen(self.scores()).items():
             for neuron in neuron_parameters(handle.mlps[name]):

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import Answers, find_answers
@@ -76,7 +75,7 @@ class MuMis(Method):
                 "checkpointed layers; to save memory, use a smaller --forget-batch with --accumulate instead"
             )
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, data: UnlearnData) -> None:
         """As `Method.setup`.
 
         Raises:
@@ -153,7 +152,7 @@ def _check_attention(attention: str | None) -> None:
 
 
 @contextmanager
-def _input_embeddings(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+def _input_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
     """Those of every forward inside, `[B, S, D]`, with a gradient."""
     found: list[Tensor] = []
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from transformers import PreTrainedModel
+from torch import nn
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.loss.objectives import (
@@ -39,7 +39,7 @@ class ReferencedMethod(LikelihoodMethod):
     def check(self, run: UnlearnOptions) -> None:
         _check_beta(self.options.beta)
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, data: UnlearnData) -> None:
         super().setup(model, handle, data)
         self.reference = Reference(model, data, self.companions(data))
 

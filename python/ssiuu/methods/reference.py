@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from ..data.prompts import Encoded
 from ..evaluation.likelihood import log_probs_and_lengths
@@ -32,7 +31,7 @@ class Reference:
         ValueError: a log-probability that is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, data: UnlearnData, companions: Sequence[Encoded] | None):
+    def __init__(self, model: nn.Module, data: UnlearnData, companions: Sequence[Encoded] | None):
         samples = [*data.forget_samples, *(companions or ())]
         with job("reference log-probabilities", len(samples)) as bar, eval_mode(model):
             log_probs, _ = log_probs_and_lengths(model, data.prompts, samples, BATCH_SIZE, bar.advance)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 
@@ -75,12 +74,12 @@ class Rmu(Method):
             if getattr(options, name) not in known:
                 raise ValueError(f"{name}={getattr(options, name)!r} is unknown; expected one of {', '.join(known)}")
 
-    def parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         layers = self._layers(model)
         parts = layers if self.options.rmu_tensors == "all" else [layer_mlp(layer).down for layer in layers]
         return [param for part in parts for param in part.parameters()]
 
-    def _layers(self, model: PreTrainedModel) -> list[nn.Module]:
+    def _layers(self, model: nn.Module) -> list[nn.Module]:
         """The layers that train; the last of them is the steered one."""
         layers, last = decoder_layers(model), self.options.rmu_layer
         if last >= len(layers):
@@ -89,7 +88,7 @@ class Rmu(Method):
             )
         return layers[max(0, last + 1 - DEPTH) : last + 1]
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, data: UnlearnData) -> None:
         super().setup(model, handle, data)
         self.layer = self._layers(model)[-1]
         generator = torch.Generator().manual_seed(data.seed)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..data.prompts import Encoded, PromptFormat
 from ..evaluation.mode import eval_mode
@@ -18,7 +17,7 @@ BATCH_SIZE = 16  # samples per forward
 
 @torch.no_grad()
 def states_of(
-    model: PreTrainedModel, layers: Sequence[nn.Module], prompts: PromptFormat, samples: Sequence[Encoded]
+    model: nn.Module, layers: Sequence[nn.Module], prompts: PromptFormat, samples: Sequence[Encoded]
 ) -> Iterator[tuple[Mapping[str, Tensor], list[Tensor], Tensor]]:
     """(batch, states `[B, S, D]` after each of the layers, logits `[B, S, V]`), batch by batch.
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ssiuu_kernels.modules.recognise import Mlp, attention_outputs, find_mlps
 
@@ -71,7 +70,7 @@ class LogitLens:
         ValueError: see `final_norm`; a model without an output head.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: nn.Module):
         self.norm, self.head = final_norm(model), model.get_output_embeddings()
         if self.head is None:
             raise ValueError(f"{type(model).__name__} has no output head; expected a causal language model")

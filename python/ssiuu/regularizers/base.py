@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 
@@ -30,7 +29,7 @@ class Regularizer(ABC):
         summary: one line.
         source: where it comes from, and what in it is our choice.
         Options: a frozen dataclass, whose field names are the option names.
-        model, handle, method, data: from `setup`.
+        model, handle, method, data: from `setup`; the model is a causal language model of transformers.
     """
 
     name: ClassVar[str]
@@ -58,7 +57,7 @@ class Regularizer(ABC):
         """Arguments of `ssiuu_kernels.patch` beside those of every run."""
         return {}
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
         """Prepare what is needed once; as for `Method.setup`, after the method's own."""
         self.model, self.handle, self.method, self.data = model, handle, method, data
 

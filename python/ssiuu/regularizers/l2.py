@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.linalg import vector_norm
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.ops.common.precision import LARGEST, compute_dtype
@@ -52,7 +51,7 @@ class L2(Regularizer):
         if weight > LARGEST:
             raise ValueError(f"l2_weight={weight}; expected at most {LARGEST:g}")
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
         super().setup(model, handle, method, data)
         self.original = {param: param.detach().clone() for param in trained(model)}
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 
@@ -51,7 +50,7 @@ class Mask(Regularizer):
             raise ValueError(f"mask_beta={self.options.mask_beta}; expected a finite number, at least 0")
         refuse_bfloat16(self.name, run, "damped steps")
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
         """As for `Regularizer.setup`.
 
         Raises:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import answer_lengths, target_factor
@@ -17,7 +16,7 @@ from ..progress import job
 from .base import trained
 
 
-def target_gradients(model: PreTrainedModel, data: UnlearnData, target: str, size: int) -> Iterator[list[Tensor]]:
+def target_gradients(model: nn.Module, data: UnlearnData, target: str, size: int) -> Iterator[list[Tensor]]:
     """`sum_b d target_b / dphi` over every `size` forget samples in turn, one tensor per trained parameter.
 
     By plain backwards in eval mode, without autocast. `grad` and the random number generators are left alone.
@@ -62,7 +61,7 @@ class OriginalAttributions:
         ValueError: an attribution that is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, data: UnlearnData, target: str):
+    def __init__(self, model: nn.Module, data: UnlearnData, target: str):
         params, facts = trained(model), len(data.forget_samples)
         self._of = {param: torch.empty((facts, *param.shape), dtype=param.dtype, device="cpu") for param in params}
         for fact, grads in enumerate(target_gradients(model, data, target, 1)):
@@ -70,7 +69,7 @@ class OriginalAttributions:
                 self._of[param][fact] = attribution(param, grad)
 
     @staticmethod
-    def size(model: PreTrainedModel, data: UnlearnData) -> int:
+    def size(model: nn.Module, data: UnlearnData) -> int:
         """Bytes that they take."""
         return len(data.forget_samples) * sum(param.numel() * param.element_size() for param in trained(model))
 

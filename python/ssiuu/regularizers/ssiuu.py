@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 from ssiuu_kernels.log_probs import check_target
@@ -76,7 +75,7 @@ class Ssiuu(Regularizer):
             check_update_in_backward(run.accumulate)
         self.run = run
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
         """As for `Regularizer.setup`.
 
         Raises:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import ssiuu_kernels as sk
 
@@ -64,7 +63,7 @@ class SsiuuNeuron(Regularizer):
             "forget_samples": forget_samples,
         }
 
-    def setup(self, model: PreTrainedModel, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
+    def setup(self, model: nn.Module, handle: sk.PatchHandle, method: Method, data: UnlearnData) -> None:
         """As for `Regularizer.setup`.
 
         Raises:
