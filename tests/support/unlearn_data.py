@@ -11,10 +11,16 @@ def data_of(prompts, forget, retain, seed=0):
     return UnlearnData(forget, retain, *samples, prompts=prompts, seed=seed)
 
 
-def batch_of(data, forget, retain):
-    """The micro-batch of forget and retain samples of these places, alone in its step."""
-    samples = [data.forget_samples[i] for i in forget] + [data.retain_samples[i] for i in retain]
-    chosen = torch.arange(len(samples)) < len(forget)
-    tokens = [float(sum(len(s.answer) for s in part)) for part in (samples[: len(forget)], samples[len(forget) :])]
-    return Batch(**data.prompts.collate(samples), forget=chosen, companion=torch.zeros_like(chosen),
-                 ids=torch.tensor([*forget, *retain]), forget_tokens=tokens[0], retain_tokens=tokens[1])  # fmt: skip
+def batch_of(data, forget, retain, companions=None):
+    """The micro-batch of forget and retain samples of these places, alone in its step.
+
+    Args:
+        companions: of all forget samples; those of these places are in the batch then.
+    """
+    parts = [(data.forget_samples, forget), (companions, forget if companions else []), (data.retain_samples, retain)]
+    samples = [samples[i] for samples, ids in parts for i in ids]
+    kind = torch.tensor([kind for kind, (_, ids) in enumerate(parts) for _ in ids])
+    ids = torch.tensor([i for _, ids in parts for i in ids])
+    tokens = [float(sum(len(samples[i].answer) for i in ids)) for samples, ids in (parts[0], parts[2])]
+    return Batch(**data.prompts.collate(samples), forget=kind == 0, companion=kind == 1, ids=ids,
+                 forget_tokens=tokens[0], retain_tokens=tokens[1])  # fmt: skip

@@ -20,7 +20,7 @@ def options_of(options, method, regularizer, **changes):
     return by(options, method, regularizer, **settings, **changes)
 
 
-@pytest.mark.parametrize(("method", "regularizer"), PAIRS, ids="+".join)
+@pytest.mark.parametrize(("method", "regularizer"), PAIRS, ids=["+".join(pair) for pair in PAIRS])
 def test_three_steps(options, tmp_path, method, regularizer):
     run = unlearn(options_of(options, method, regularizer, max_steps=3), tmp_path / "run")
     found = lines(run)

@@ -127,11 +127,19 @@ class EraseAtCore(Method):
     def loss(self, batch: Batch) -> Loss:
         with recorded_states(self.layers) as states:
             logits = self.forward(batch)
+        value = 0.0
+        if bool(batch.retain.any()):
+            value = value + self._retain_loss(states, logits, batch)
+        if bool(batch.forget.any()):
+            value = value + self.options.eac_forget_weight * self._contrast(states, batch)
+        return Loss(value, logits)
+
+    def _retain_loss(self, states: Sequence[Tensor], logits: Tensor, batch: Batch) -> Tensor:
+        """The NLL per retain answer token, at the output and at the inner layers."""
         rows, tokens = _retain_answers(batch)
         inner = [_nll(self.lens(at_layer[rows]), tokens) for at_layer in states[:-1]]
-        retain = _nll(logits[rows], tokens) + self.options.eac_retain_weight * sum(inner) / max(1, len(inner))
-        contrast = self.options.eac_forget_weight * self._contrast(states, batch)
-        return Loss(retain / batch.retain_tokens + contrast, logits)
+        output = _nll(logits[rows], tokens)
+        return (output + self.options.eac_retain_weight * sum(inner) / max(1, len(inner))) / batch.retain_tokens
 
     def _contrast(self, states: Sequence[Tensor], batch: Batch) -> Tensor:
         """The mean over forget facts, positives and layers."""

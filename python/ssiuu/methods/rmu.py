@@ -106,7 +106,7 @@ class Rmu(Method):
             }
 
     def loss(self, batch: Batch) -> Loss:
-        before = self._before(batch.only(batch.retain))
+        before = self._before(batch.only(batch.retain)) if bool(batch.retain.any()) else []
         with recorded_states([self.layer]) as states:
             logits = self.forward(batch)
         forget, retain = (
@@ -133,10 +133,10 @@ def _of_samples(states: Tensor, attention_mask: Tensor) -> list[Tensor]:
     return list(states[mask].split(mask.sum(1).tolist()))
 
 
-def _mean_squared_error(samples: Iterable[Tensor], targets: Iterable[Tensor]) -> Tensor:
-    """The mean over the samples of their MSE, at least in float32."""
+def _mean_squared_error(samples: Iterable[Tensor], targets: Iterable[Tensor]) -> Tensor | float:
+    """The mean over the samples of their MSE, at least in float32; 0 of none."""
     errors = []
     for states, target in zip(samples, targets, strict=True):
         states = states.to(torch.promote_types(states.dtype, torch.float32))
         errors.append(F.mse_loss(states, target.to(states).expand_as(states)))
-    return torch.stack(errors).mean()
+    return torch.stack(errors).mean() if errors else 0.0

@@ -111,7 +111,7 @@ class Ssiuu(Regularizer):
             return self.handle.unlearning_loss(logits, batch.labels, batch.forget, objective, target)
         value, logits = self.method.loss(batch)
         if logits is None:
-            batch = batch.only(batch.forget)
+            batch = batch.only(batch.forget) if bool(batch.forget.any()) else batch
             logits = self.method.forward(batch)
         return value + self.handle.target_term(logits, batch.labels, batch.forget, target)
 

@@ -13,12 +13,13 @@ from ssiuu.commands import unlearn as unlearn_module
 from ssiuu.commands.unlearn import unlearn
 from ssiuu.data.facts import Split
 from ssiuu.data.prompts import PromptFormat
-from ssiuu.methods.base import Batch, UnlearnData
+from ssiuu.methods.base import UnlearnData
 from ssiuu.methods.reference import Reference
 from ssiuu.options import UnlearnOptions
 from ssiuu.pairs import make
 from ssiuu.training.unlearn_trainer import UnlearnTrainer
 from tests.support.small_runs import assert_resumes_bit_for_bit, by, lines
+from tests.support.unlearn_data import batch_of
 
 from ..conftest import tiny_facts
 
@@ -69,18 +70,6 @@ def log_probs(model, samples):
     return torch.stack(found)
 
 
-def batch_of(data, companions, forget, retain):
-    """The batch of forget and retain samples of these ids, with the companions where there are some."""
-    parts = [(data.forget_samples, forget), (companions or [], forget if companions else []),
-             (data.retain_samples, retain)]  # fmt: skip
-    samples = [samples[i] for samples, ids in parts for i in ids]
-    kind = torch.tensor([kind for kind, (_, ids) in enumerate(parts) for _ in ids])
-    tokens = [float(sum(len(samples[i].answer) for i in ids)) for samples, ids in (parts[0], parts[2])]
-    ids = torch.tensor([i for _, ids in parts for i in ids])
-    return Batch(**data.prompts.collate(samples), forget=kind == 0, companion=kind == 1, ids=ids,
-                 forget_tokens=tokens[0], retain_tokens=tokens[1])  # fmt: skip
-
-
 def npo(s, reference, _lengths, beta):
     return -2 / beta * logsigmoid(-beta * (s["forget"] - reference["forget"])).mean()
 
@@ -119,7 +108,7 @@ def test_the_loss_is_the_formula(model, data, refusals, formula, numbers, texts)
         with torch.no_grad():
             for param in model.parameters():
                 param.add_(0.03 * torch.randn_like(param))
-        loss = method.loss(batch_of(data, method.companions(data), forget, retain)).value
+        loss = method.loss(batch_of(data, forget, retain, method.companions(data))).value
     s = {kind: log_probs(model, samples) for kind, samples in chosen.items()}
     lengths = {kind: torch.tensor([len(sample.answer) for sample in samples]) for kind, samples in chosen.items()}
     expected = formula(s, reference, lengths["forget"], **numbers) - s["retain"].sum() / lengths["retain"].sum()
@@ -137,7 +126,7 @@ def test_the_reference_of_a_batch(model, data, refusals, with_companions):
     companions = refusals if with_companions else None
     reference = Reference(model, data, companions)
     forget = torch.randperm(4).tolist()[:3]
-    found = reference.log_probs(batch_of(data, companions, forget, [2, 3]))
+    found = reference.log_probs(batch_of(data, forget, [2, 3], companions))
     samples = [part[i] for part in (data.forget_samples, companions or []) for i in forget[: len(part)]]
     assert torch.allclose(found, torch.cat([log_probs(model, samples), torch.zeros(2)]), rtol=1e-9)
     assert not found.requires_grad
@@ -146,7 +135,7 @@ def test_the_reference_of_a_batch(model, data, refusals, with_companions):
 def test_the_reference_is_of_a_model_in_eval_mode(loaded, data):
     config = transformers.GPT2Config(vocab_size=len(loaded[1]), n_embd=8, n_layer=1, n_head=2, n_positions=64)
     model = transformers.GPT2LMHeadModel(config).train()  # with dropout
-    found = Reference(model, data, None).log_probs(batch_of(data, None, range(4), []))
+    found = Reference(model, data, None).log_probs(batch_of(data, range(4), []))
     assert model.training
     assert torch.allclose(found, log_probs(model.eval(), data.forget_samples), rtol=1e-4)
 
