@@ -11,7 +11,7 @@ from torch import Tensor
 import ssiuu_kernels as sk
 from ssiuu_kernels import ENGINES
 
-from ..methods.base import Batch, Method
+from ..methods.base import Batch, LikelihoodMethod, Method
 from ..optimizers import OptimizerOptions, check_update_in_backward, say_rounding
 from ..regularizers.base import Regularizer
 from .trainer import RecordedTrainer
@@ -44,7 +44,8 @@ class UnlearnTrainer(RecordedTrainer):
         options: OptimizerOptions,
     ):
         self.handle, self.method, self.regularizer, self.options = handle, method, regularizer, options
-        self.expects_one_backward = handle.engine == ONE_BACKWARD
+        # Another loss takes two with a penalty, whatever was asked for.
+        self.expects_one_backward = handle.engine == ONE_BACKWARD and isinstance(method, LikelihoodMethod)
         super().__init__(*arguments)
         if options.update_in_backward:
             check_update_in_backward(self.args.gradient_accumulation_steps, self.args.max_grad_norm)

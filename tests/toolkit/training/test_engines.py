@@ -15,7 +15,7 @@ from ssiuu.training.schedule import Part, Schedule
 from ssiuu.training.step_log import StepRecord
 from ssiuu.training.trainer import training_arguments
 from ssiuu.training.unlearn_trainer import UnlearnTrainer
-from tests.support.small_runs import assert_resumes_bit_for_bit, lines, weights
+from tests.support.small_runs import assert_resumes_bit_for_bit, by, lines, weights
 
 
 @pytest.fixture
@@ -84,6 +84,12 @@ def test_a_fall_back_to_two_backwards_is_said_once(options, tmp_path, monkeypatc
 
 def test_two_backwards_that_were_asked_for_are_not_warned_of(options, tmp_path, caplog):
     unlearn(options.replace(engine="two-backward", max_steps=1), tmp_path / "run")
+    assert not any("two backwards" in record.message for record in caplog.records)
+
+
+def test_two_backwards_are_not_warned_of_where_a_loss_takes_no_other(options, tmp_path, caplog):
+    run = unlearn(by(options, "rmu", "ssiuu", rmu_layer=1, max_steps=1), tmp_path / "run")
+    assert engines(run) == {"two-backward"}
     assert not any("two backwards" in record.message for record in caplog.records)
 
 
