@@ -202,17 +202,20 @@ def test_a_revision_of_a_local_model_is_refused(model_dir, monkeypatch, name):
         load_model(model_dir if name == "folder" else name, revision="main")
 
 
-def test_a_revision_reaches_the_hub(monkeypatch):
+def test_a_revision_reaches_the_hub(model_dir, monkeypatch):
     asked = []
 
-    def download(name, **options):
-        asked.append((name, options["revision"]))
-        raise OSError("no network")
+    def downloading(load):
+        def download(name, *, revision, **options):
+            asked.append((name, revision))
+            return load(model_dir, **options)
 
-    monkeypatch.setattr("ssiuu.models.load.AutoTokenizer.from_pretrained", download)
-    with pytest.raises(ValueError, match="model somebody/model could not be loaded: no network"):
-        load_model("somebody/model", revision="v2")
-    assert asked == [("somebody/model", "v2")]
+        return download
+
+    for loader in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(loader, "from_pretrained", downloading(loader.from_pretrained))
+    load_model("somebody/model", revision="v2")
+    assert asked == [("somebody/model", "v2")] * 2
 
 
 COMMANDS = {
