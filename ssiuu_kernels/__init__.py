@@ -6,7 +6,8 @@ from .gradients.path import ENGINES, GradientPath
 from .log_probs import IGNORE_INDEX, TARGETS, sequence_log_probs
 from .ops import ActGrads, GluGrads, NeuronPenalty, NeuronScores, PackedGluGrads, PenaltyStats
 from .ops.backends import Availability, available_backends
-from .optim.adamw import SsiuuAdamW, SsiuuPenalty
+from .optim.adamw import SsiuuAdamW
+from .optim.penalty import SsiuuPenalty
 from .patching.handle import PatchHandle
 from .patching.patch import patch
 
