@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.wgrad_pair.reference import ALL, scaled, take, weighted_product, wgrad_pair_reference
+from ...ops.wgrad_pair.product import ALL, scaled, take, weighted_pair, weighted_product
 from ..target_grad import gradient_dtype
 from .row_weights import LayerRows, Lead, RowWeights
 
@@ -77,7 +77,7 @@ def _matrix_pair(ctx, param: Tensor, rows: LayerRows, x: Tensor, grad_y: Tensor)
         return weighted_product(x, grad_y, rows.loss), None
     if rows.all_zero:
         return weighted_product(x, grad_y, rows.loss), torch.zeros_like(param)
-    return wgrad_pair_reference(x, grad_y, rows.loss, rows.target, rows.target_rows, rows.other_rows, rows.ratio)
+    return weighted_pair(x, grad_y, rows.loss, rows.target, rows.target_rows, rows.other_rows, rows.ratio)
 
 
 def _vector_grad(ctx, param: Tensor, rows: LayerRows, terms: Tensor) -> Tensor:

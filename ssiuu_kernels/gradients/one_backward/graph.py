@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...log_probs import answer_log_probs
-from ...ops.wgrad_pair.reference import scaled
+from ...ops.wgrad_pair.product import scaled
 from .axes import RULES, Axis, Edge, Rule, Shape, elementwise, flattened
 from .functions import RowEmbedding, RowFunction, RowLinear
 from .masks import Separation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...log_probs import Answers, sample_of_rows
-from ...ops.wgrad_pair.reference import Rows, complement
+from ...ops.wgrad_pair.product import Rows, complement
 from .axes import Axis
 
 Lead = tuple[int, ...]  # a tensor's shape without its last dimension

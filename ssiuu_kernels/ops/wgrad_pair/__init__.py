@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_float
-from .reference import ALL, Rows, complement, wgrad_pair_reference
+from .product import ALL, Rows, complement, weighted_pair
 
 
 def wgrad_pair(
@@ -62,7 +62,7 @@ def wgrad_pair(
     if ratio is not None and not math.isfinite(ratio):
         raise ValueError(f"ratio={ratio}; expected a finite number, or None where the weights have none in common")
     others = [] if ratio is None else complement(target_rows, len(x), x.device)
-    return wgrad_pair_reference(x, grad_y, loss_weights, target_weights, target_rows, others, ratio)
+    return weighted_pair(x, grad_y, loss_weights, target_weights, target_rows, others, ratio)
 
 
 def _check_rows(rows: Rows, x: Tensor) -> None:

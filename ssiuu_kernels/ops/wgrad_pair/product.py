@@ -1,4 +1,4 @@
-"""`wgrad_pair` in plain PyTorch: its definition, and what runs."""
+"""Row-weighted products of a layer's input and the gradient of its output, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Rows = slice | Tensor  # places int64 [N], increasing: no row twice
+Rows = slice | Tensor  # or indices int64 [N], increasing: no row twice
 ALL = slice(None)
 
 
-def wgrad_pair_reference(
+def weighted_pair(
     x: Tensor,
     grad_y: Tensor,
     loss_weights: Tensor,
@@ -20,7 +20,7 @@ def wgrad_pair_reference(
     other_rows: Sequence[Rows],
     ratio: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `wgrad_pair`; `other_rows` are, in parts, those that are no target rows."""
+    """`(loss_grad, target_grad)` of `wgrad_pair`; `other_rows`, in parts, are all rows but the target rows."""
     if ratio is None:
         return weighted_product(x, grad_y, loss_weights), weighted_product(x, grad_y, target_weights, target_rows)
     loss_grad = weighted_product(x, grad_y, loss_weights, target_rows)
@@ -48,16 +48,19 @@ def take(tensor: Tensor, rows: Rows) -> Tensor:
 
 
 def scaled(tensor: Tensor, column: Tensor) -> Tensor:
-    """In the tensor's type, but multiplied in the weights': a weight rounded to bfloat16 is off for a whole sample."""
+    """`tensor * column` in the tensor's type, multiplied in the column's.
+
+    A weight that was rounded to bfloat16 would be wrong for a whole sample.
+    """
     return torch.mul(tensor, column).to(tensor.dtype)
 
 
 def complement(rows: Rows, count: int, device: torch.device) -> list[Rows]:
-    """The other rows of `count`, as slices where `rows` is one (of a positive step). Nothing waits for the device."""
+    """The other rows of `count`, as slices where `rows` is one (of a positive step). Nothing is read on the host."""
     if isinstance(rows, slice):
         start, end, step = rows.indices(count)
         end = max(start, end)
         between = (slice(start + offset, end, step) for offset in range(1, min(step, end - start)))
         return [part for part in (slice(0, start), *between, slice(end, count)) if part.start < part.stop]
     taken = torch.zeros(count, dtype=torch.uint8, device=device).index_fill_(0, rows, 1)
-    return [taken.argsort(stable=True)[: count - len(rows)]]  # the rows that are not taken come first
+    return [taken.argsort(stable=True)[: count - len(rows)]]  # rows that are not taken come first
