@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <type_traits>
 #include <vector>
 
 #include "huge_pages.h"
@@ -214,16 +213,6 @@ void backward(const HiddenBackwardParams& p) {
   write_grads<T, Act, kGated, kWriteH>(p, factors.data());
 }
 
-// Calls function(T{}, Act{}, gated) with gated a std::bool_constant.
-template <class Function>
-void dispatch(DType dtype, Activation activation, bool gated, Function&& function) {
-  dispatch_dtype(dtype, [&](auto element) {
-    dispatch_activation(activation, [&](auto act) {
-      gated ? function(element, act, std::true_type{}) : function(element, act, std::false_type{});
-    });
-  });
-}
-
 // The rows of an output, which may be a fresh allocation.
 void advise_rows(DType dtype, void* base, int64_t rows, int64_t cols, int64_t stride) {
   const int64_t size = dtype == DType::kFloat32 ? sizeof(float) : sizeof(BFloat16);
@@ -235,7 +224,7 @@ void advise_rows(DType dtype, void* base, int64_t rows, int64_t cols, int64_t st
 void hidden_forward(const HiddenForwardParams& p) {
   advise_rows(p.dtype, p.h, p.rows, p.cols, p.h_stride);
   const RowBlocks plan = make_row_blocks(nullptr, 0, p.rows, true, slab_rows(p.cols));
-  dispatch(p.dtype, p.activation, p.up != nullptr, [&](auto element, auto act, auto gated) {
+  dispatch_mlp(p.dtype, p.activation, p.up != nullptr, [&](auto element, auto act, auto gated) {
     for_each_tile(plan, p.cols, kWholeRows, [&](const RowBlock&, const Tile& tile) {
       for_each_row(tile, [&](const RowPart& part) {
         forward_row<decltype(element), decltype(act), decltype(gated)::value>(p, part);
@@ -248,7 +237,7 @@ void hidden_backward(const HiddenBackwardParams& p) {
   advise_rows(p.dtype, p.grad_x, p.rows, p.cols, p.grad_x_stride);
   advise_rows(p.dtype, p.grad_up, p.rows, p.cols, p.grad_up_stride);
   advise_rows(p.dtype, p.h, p.rows, p.cols, p.h_stride);
-  dispatch(p.dtype, p.activation, p.up != nullptr, [&](auto element, auto act, auto gated) {
+  dispatch_mlp(p.dtype, p.activation, p.up != nullptr, [&](auto element, auto act, auto gated) {
     using T = decltype(element);
     using Act = decltype(act);
     constexpr bool kGated = decltype(gated)::value;

@@ -37,7 +37,7 @@ void launch_with_shared_memory(void (*kernel)(Params...), int64_t blocks, dim3 t
   }
 #if defined(__CUDACC__)
   kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream>>>(args...);
-#else  // a C++ compiler: tests/kernels/cuda_emulation
+#else  // a C++ compiler: tests/kernels/rungs/cuda_emulation
   emulation::launch(kernel, static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), args...);
 #endif
   check(cudaGetLastError());

@@ -1,4 +1,4 @@
-#include <type_traits>
+#include <utility>
 
 #include "scores.cuh"
 #include "ssiuu/dispatch.h"
@@ -211,20 +211,10 @@ void backward(const HiddenBackwardParams& p, void* workspace, cudaStream_t strea
   }
 }
 
-// Calls function(T{}, Act{}, gated) with gated a std::bool_constant.
-template <class Function>
-void dispatch(DType dtype, Activation activation, bool gated, Function&& function) {
-  dispatch_dtype(dtype, [&](auto element) {
-    dispatch_activation(activation, [&](auto act) {
-      gated ? function(element, act, std::true_type{}) : function(element, act, std::false_type{});
-    });
-  });
-}
-
 }  // namespace
 
 void hidden_forward(const HiddenForwardParams& p, void*, Stream stream) {
-  dispatch(p.dtype, p.activation, p.up != nullptr, [&](auto element, auto act, auto gated) {
+  dispatch_mlp(p.dtype, p.activation, p.up != nullptr, [&](auto element, auto act, auto gated) {
     using T = decltype(element);
     using Act = decltype(act);
     constexpr bool kGated = decltype(gated)::value;
@@ -242,7 +232,7 @@ int64_t hidden_backward_workspace_bytes(int64_t rows, int64_t cols, int64_t num_
 }
 
 void hidden_backward(const HiddenBackwardParams& p, void* workspace, Stream stream) {
-  dispatch(p.dtype, p.activation, p.up != nullptr, [&](auto element, auto act, auto gated) {
+  dispatch_mlp(p.dtype, p.activation, p.up != nullptr, [&](auto element, auto act, auto gated) {
     using T = decltype(element);
     using Act = decltype(act);
     constexpr bool kGated = decltype(gated)::value;

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "ssiuu/activation.h"
 #include "ssiuu/types.h"
@@ -45,6 +46,16 @@ void dispatch_activation(Activation activation, Function&& function) {
       return function(ReluSquared{});
   }
   throw std::invalid_argument("unknown activation code " + std::to_string(static_cast<int>(activation)));
+}
+
+// Calls function(T{}, Act{}, gated) with gated a std::bool_constant.
+template <class Function>
+void dispatch_mlp(DType dtype, Activation activation, bool gated, Function&& function) {
+  dispatch_dtype(dtype, [&](auto element) {
+    dispatch_activation(activation, [&](auto act) {
+      gated ? function(element, act, std::true_type{}) : function(element, act, std::false_type{});
+    });
+  });
 }
 
 }  // namespace ssiuu

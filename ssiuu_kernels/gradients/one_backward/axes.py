@@ -270,7 +270,7 @@ RULES: dict[str, Rule] = {
     "ViewAsComplexBackward0": lambda _edge, axis: axis,
     **dict.fromkeys(
         [
-            "GeneratedBackwardFor_ssiuu_hidden_forward_defaultBackward",
+            "GeneratedBackwardFor_ssiuu_mlp_forward_defaultBackward",
             "GeneratedBackwardFor_ssiuu_packed_glu_forward_defaultBackward",
             "ObservedHiddenBackward",
             "RecordedOutputBackward",

@@ -1,1 +1,1 @@
-"""The hidden activation of an MLP, gated (`glu`) or not (`act`), with scores of its neurons."""
+"""The activation of an MLP, gated (`glu`) or not (`act`), with scores of its neurons."""

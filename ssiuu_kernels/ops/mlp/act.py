@@ -7,7 +7,8 @@ from torch import Tensor
 from ..common.activations import check_activation
 from ..common.checks import as_rows, check_like, check_rows, longest_sample, make_segments
 from ..common.results import ActGrads
-from .dispatch import hidden_backward, hidden_forward
+from .arguments import BackwardArguments
+from .dispatch import mlp_backward, mlp_forward
 from .neuron_penalty import NeuronPenalty, check_penalty
 
 
@@ -29,7 +30,7 @@ def act_forward(x: Tensor, *, activation: str = "silu", backend: str = "auto") -
         ValueError, TypeError: an argument of another shape or type; a backend that cannot run.
     """
     check_rows("x", x)
-    return hidden_forward(x, None, check_activation(activation), backend)
+    return mlp_forward(x, None, check_activation(activation), backend)
 
 
 def act_backward(
@@ -65,8 +66,9 @@ def act_backward(
     longest = longest_sample(x, segments)
     segments = make_segments(x, segments)
     check_penalty(penalty, x, segments)
-    grads, h, h_scores, x_scores = hidden_backward(
-        as_rows(x), None, as_rows(grad_h), segments, activation, scores, recompute_h, False,
-        longest, penalty, backend,
+    arguments = BackwardArguments(
+        as_rows(x), None, as_rows(grad_h), segments, activation,
+        scores=scores, recompute_h=recompute_h, longest=longest, penalty=penalty,
     )  # fmt: skip
-    return ActGrads(grads.view(x.shape), h.view(x.shape) if recompute_h else None, h_scores, x_scores)
+    grad_x, h, h_scores, x_scores = mlp_backward(arguments, backend)
+    return ActGrads(grad_x.view(x.shape), h.view(x.shape) if recompute_h else None, h_scores, x_scores)

@@ -1,7 +1,7 @@
-"""What `glu` and `act` have in common: the registered ops of an MLP's hidden activation, `act(gate) * up` or `act(x)`.
+"""What `glu` and `act` have in common: the registered ops of an MLP's activation, `act(gate) * up` or `act(x)`.
 
-`x` stands for the activation's argument: the gate of a gated MLP, the up projection's output of an ungated one, whose
-`up` is None. Backends are in this folder; the public functions and their checks in glu.py and act.py.
+`x` is the activation's argument: the gate of a gated MLP, the up projection's output of an ungated one, whose `up` is
+None. Backends are in this folder; the public functions and their checks in glu.py and act.py.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ from torch import Tensor
 
 from .. import backends
 from ..common import native_host, triton_host
-from ..common.allocate import empty_grads, empty_scores
 from ..common.checks import as_rows, check_segment_values
 from ..common.precision import usable
 from ..common.results import NeuronScores, absent, neuron_scores
 from . import native, reference
+from .arguments import BackwardArguments
 from .neuron_penalty import NeuronPenalty, check_penalty_rows
+from .outputs import empty_grads, empty_scores
 
-for _op in ("glu", "act"):
-    for _pass in ("forward", "backward"):
-        _name, _function = f"{_op}_{_pass}", f"hidden_{_pass}"
-        backends.register(_name, "reference", getattr(reference, _function))
-        backends.register(_name, "native", getattr(native, _function), native_host.why_not)
-        backends.register(_name, "triton", triton_host.lazily(__package__, _function), triton_host.why_not)
+for _op in ("glu_forward", "act_forward"):
+    backends.register(_op, "reference", reference.mlp_forward)
+    backends.register(_op, "native", native.mlp_forward, native_host.why_not)
+    backends.register(_op, "triton", triton_host.lazily(__package__, "mlp_forward"), triton_host.why_not)
+for _op in ("glu_backward", "act_backward"):
+    backends.register(_op, "reference", reference.mlp_backward)
+    backends.register(_op, "native", native.mlp_backward, native_host.why_not)
+    backends.register(_op, "triton", triton_host.lazily(__package__, "mlp_backward"), triton_host.why_not)
 
 
-def hidden_forward(x: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
+def mlp_forward(x: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
     """`act(x) * up`, or `act(x)`; differentiable. `[.., F]` as x, which was checked."""
     rows = None if up is None else as_rows(up)
-    return _hidden_forward(as_rows(x), rows, activation, backends.check_backend(backend)).view(x.shape)
+    return _mlp_forward(as_rows(x), rows, activation, backends.check_backend(backend)).view(x.shape)
 
 
 def packed_forward(gate_up: Tensor, activation: str, backend: str) -> Tensor:
@@ -38,35 +41,16 @@ def packed_forward(gate_up: Tensor, activation: str, backend: str) -> Tensor:
     return h.view(*gate_up.shape[:-1], -1)
 
 
-def hidden_backward(
-    x: Tensor,
-    up: Tensor | None,
-    grad_h: Tensor,
-    segments: Tensor,
-    activation: str,
-    scores: bool,
-    recompute_h: bool,
-    packed: bool,
-    longest: int,
-    penalty: NeuronPenalty | None,
-    backend: str,
+def mlp_backward(
+    arguments: BackwardArguments, backend: str
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None, NeuronScores | None, NeuronScores | None]:
     """The gradients (a pair, or one tensor if packed or without up), h, and the scores of h and x; None where not asked
-    for.
-
-    Args:
-        x, up, grad_h: `[T, F]`, checked.
-        packed: the gradients are one tensor, `[T, 2, F]`.
-        longest: rows of the longest sample, or 0: not known on the host. Kernels then keep nothing of it on chip.
-        penalty: on neurons; its bank is updated.
-    """
-    weight, ratio, bank, bank_rows = _penalty_tensors(penalty, x)
-    grad_x, grad_up, h, h_scores, x_scores = _hidden_backward(
-        x, up, grad_h, segments, activation, scores, recompute_h, packed, longest,
-        weight, ratio, bank, bank_rows, backends.check_backend(backend),
-    )  # fmt: skip
-    grads = grad_x if packed or up is None else (grad_x, grad_up)
-    return grads, h if recompute_h else None, neuron_scores(h_scores), neuron_scores(x_scores)
+    for."""
+    *given, penalty = arguments
+    penalty_tensors = _penalty_tensors(penalty, arguments.x)
+    grad_x, grad_up, h, h_scores, x_scores = _mlp_backward(*given, *penalty_tensors, backends.check_backend(backend))
+    grads = grad_x if arguments.packed or arguments.up is None else (grad_x, grad_up)
+    return grads, h if arguments.recompute_h else None, neuron_scores(h_scores), neuron_scores(x_scores)
 
 
 def _penalty_tensors(penalty: NeuronPenalty | None, like: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,16 +64,13 @@ def _penalty_tensors(penalty: NeuronPenalty | None, like: Tensor) -> tuple[Tenso
     return weight, penalty.ratio, penalty.bank, penalty.rows
 
 
-def _op_name(up: Tensor | None, which: str) -> str:
-    return f"{'act' if up is None else 'glu'}_{which}"
+@torch.library.custom_op("ssiuu::mlp_forward", mutates_args=())
+def _mlp_forward(x: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
+    op = "act_forward" if up is None else "glu_forward"
+    return backends.select(op, backend, x, up)(x, up, activation)
 
 
-@torch.library.custom_op("ssiuu::hidden_forward", mutates_args=())
-def _hidden_forward(x: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
-    return backends.select(_op_name(up, "forward"), backend, x, up)(x, up, activation)
-
-
-@_hidden_forward.register_fake
+@_mlp_forward.register_fake
 def _(x: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -105,8 +86,9 @@ def _(gate_up: Tensor, activation: str, backend: str) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
-@torch.library.custom_op("ssiuu::hidden_backward", mutates_args=("bank",))
-def _hidden_backward(
+# Flat, as torch.library wants it: the fields of `BackwardArguments`, and of its penalty.
+@torch.library.custom_op("ssiuu::mlp_backward", mutates_args=("bank",))
+def _mlp_backward(
     x: Tensor,
     up: Tensor | None,
     grad_h: Tensor,
@@ -127,12 +109,13 @@ def _hidden_backward(
         check_segment_values(segments, x.shape[0])
     if penalised:
         check_penalty_rows(bank_rows, bank)
-    run = backends.select(_op_name(up, "backward"), backend, x, up, grad_h)
+    run = backends.select("act_backward" if up is None else "glu_backward", backend, x, up, grad_h)
     penalty = NeuronPenalty(weight, ratio, bank, bank_rows) if penalised else None
-    return run(x, up, grad_h, segments, activation, scores, recompute_h, packed, longest, penalty)
+    options = (activation, scores, recompute_h, packed, longest, penalty)
+    return run(BackwardArguments(x, up, grad_h, segments, *options))
 
 
-@_hidden_backward.register_fake
+@_mlp_backward.register_fake
 def _(x, up, grad_h, segments, activation, scores, recompute_h, packed, *_):
     h_scores = empty_scores(x, segments) if scores else absent(x)
     return (
@@ -154,8 +137,7 @@ def _no_segments(x: Tensor) -> Tensor:
 
 def _differentiate(ctx, grad_h: Tensor):
     x, up = ctx.saved_tensors
-    options = (ctx.activation, False, False, False, 0, None, ctx.backend)
-    grads, *_ = hidden_backward(x, up, grad_h, _no_segments(x), *options)
+    grads, *_ = mlp_backward(BackwardArguments(x, up, grad_h, _no_segments(x), ctx.activation), ctx.backend)
     grad_x, grad_up = (grads, None) if up is None else grads
     return grad_x, grad_up, None, None
 
@@ -163,10 +145,10 @@ def _differentiate(ctx, grad_h: Tensor):
 def _differentiate_packed(ctx, grad_h: Tensor):
     (gate_up,) = ctx.saved_tensors
     gate, up = gate_up.chunk(2, dim=-1)
-    options = (ctx.activation, False, False, True, 0, None, ctx.backend)
-    grads, *_ = hidden_backward(gate, up, grad_h, _no_segments(gate), *options)
+    arguments = BackwardArguments(gate, up, grad_h, _no_segments(gate), ctx.activation, packed=True)
+    grads, *_ = mlp_backward(arguments, ctx.backend)
     return grads.view(gate_up.shape), None, None
 
 
-_hidden_forward.register_autograd(_differentiate, setup_context=_save_inputs)
+_mlp_forward.register_autograd(_differentiate, setup_context=_save_inputs)
 _packed_forward.register_autograd(_differentiate_packed, setup_context=_save_inputs)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common.activations import check_activation
-from ..common.allocate import grad_views
 from ..common.checks import as_rows, check_like, check_rows, longest_sample, make_segments
 from ..common.results import GluGrads, PackedGluGrads
-from .dispatch import hidden_backward, hidden_forward, packed_forward
+from .arguments import BackwardArguments
+from .dispatch import mlp_backward, mlp_forward, packed_forward
 from .neuron_penalty import NeuronPenalty, check_penalty
+from .outputs import grad_views
 
 
 def glu_forward(gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str = "auto") -> Tensor:
@@ -32,7 +33,7 @@ def glu_forward(gate: Tensor, up: Tensor, *, activation: str = "silu", backend: 
     """
     check_rows("gate", gate)
     check_like("up", up, "gate", gate)
-    return hidden_forward(gate, up, check_activation(activation), backend)
+    return mlp_forward(gate, up, check_activation(activation), backend)
 
 
 def glu_backward(
@@ -78,10 +79,11 @@ def glu_backward(
     longest = longest_sample(gate, segments)
     segments = make_segments(gate, segments)
     check_penalty(penalty, gate, segments)
-    grads, h, h_scores, gate_scores = hidden_backward(
-        as_rows(gate), as_rows(up), as_rows(grad_h), segments, activation, scores, recompute_h, False,
-        longest, penalty, backend,
+    arguments = BackwardArguments(
+        as_rows(gate), as_rows(up), as_rows(grad_h), segments, activation,
+        scores=scores, recompute_h=recompute_h, longest=longest, penalty=penalty,
     )  # fmt: skip
+    grads, h, h_scores, gate_scores = mlp_backward(arguments, backend)
     grad_gate, grad_up = (grad.view(gate.shape) for grad in grad_views(grads, packed=False))
     return GluGrads(grad_gate, grad_up, h.view(gate.shape) if recompute_h else None, h_scores, gate_scores)
 
@@ -134,10 +136,11 @@ def packed_glu_backward(
     longest = longest_sample(gate, segments)
     segments = make_segments(gate, segments)
     check_penalty(penalty, gate, segments)
-    grads, h, h_scores, gate_scores = hidden_backward(
-        as_rows(gate), as_rows(up), as_rows(grad_h), segments, activation, scores, recompute_h, True,
-        longest, penalty, backend,
+    arguments = BackwardArguments(
+        as_rows(gate), as_rows(up), as_rows(grad_h), segments, activation,
+        scores=scores, recompute_h=recompute_h, packed=True, longest=longest, penalty=penalty,
     )  # fmt: skip
+    grads, h, h_scores, gate_scores = mlp_backward(arguments, backend)
     h = h.view(grad_h.shape) if recompute_h else None
     return PackedGluGrads(grads.view(gate_up.shape), h, h_scores, gate_scores)
 

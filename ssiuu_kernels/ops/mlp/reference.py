@@ -1,4 +1,4 @@
-"""The definition of the hidden activation and its backward: float32 inside, float64 for float64 inputs."""
+"""The definition of an MLP's activation and its backward: float32 inside, float64 for float64 inputs."""
 
 from __future__ import annotations
 
@@ -6,53 +6,44 @@ import torch
 from torch import Tensor
 
 from ..common.activations import ACTIVATIONS
-from ..common.allocate import empty_grads, grad_views
 from ..common.precision import compute_dtype
 from ..common.results import absent
 from ..token_scores.reference import segment_scores
+from .arguments import BackwardArguments
 from .neuron_penalty import NeuronPenalty
+from .outputs import empty_grads, grad_views
 
 
-def hidden_forward(x: Tensor, up: Tensor | None, activation: str) -> Tensor:  # [T, F], [T, F] -> [T, F]
+def mlp_forward(x: Tensor, up: Tensor | None, activation: str) -> Tensor:  # [T, F], [T, F] -> [T, F]
     dtype = compute_dtype(x.dtype)
     h = ACTIVATIONS[activation].value(x.to(dtype))
     return (h if up is None else h * up.to(dtype)).to(x.dtype).contiguous()
 
 
-def hidden_backward(
-    x: Tensor,  # [T, F]
-    up: Tensor | None,  # [T, F]
-    grad_h: Tensor,  # [T, F]
-    segments: Tensor,  # int32 [B, 2]
-    activation: str,
-    scores: bool,
-    recompute_h: bool,
-    packed: bool,
-    longest: int,
-    penalty: NeuronPenalty | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def mlp_backward(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, segments = a.x, a.segments
     dtype = compute_dtype(x.dtype)
-    value, gradient = ACTIVATIONS[activation]
-    z, dh = x.to(dtype), grad_h.to(dtype)
-    factor = None if up is None else up.to(dtype)
+    value, gradient = ACTIVATIONS[a.activation]
+    z, dh = x.to(dtype), a.grad_h.to(dtype)
+    factor = None if a.up is None else a.up.to(dtype)
 
     def gated(signal: Tensor) -> Tensor:
         return signal if factor is None else signal * factor
 
     activated, grad_z = value(z), gradient(z, gated(dh))
     h = gated(activated)
-    h_scores = segment_scores(h * dh, segments) if scores or penalty is not None else None
-    x_scores = segment_scores(z * grad_z, segments) if scores else absent(x)
-    if penalty is not None:
-        dh = dh * penalty_factor(h_scores[2], segments, len(x), penalty)
+    h_scores = segment_scores(h * dh, segments) if a.scores or a.penalty is not None else None
+    x_scores = segment_scores(z * grad_z, segments) if a.scores else absent(x)
+    if a.penalty is not None:
+        dh = dh * penalty_factor(h_scores[2], segments, len(x), a.penalty)
         grad_z = gradient(z, gated(dh))
-    grads = empty_grads(x, up, packed)
-    grad_x, grad_up = grad_views(grads, packed)
+    grads = empty_grads(x, a.up, a.packed)
+    grad_x, grad_up = grad_views(grads, a.packed)
     grad_x.copy_(grad_z)
     if grad_up is not None:
         grad_up.copy_(dh * activated)
-    h = h.to(x.dtype).contiguous() if recompute_h else absent(x)
-    return *grads, h, h_scores if scores else absent(x), x_scores
+    h = h.to(x.dtype).contiguous() if a.recompute_h else absent(x)
+    return *grads, h, h_scores if a.scores else absent(x), x_scores
 
 
 def penalty_factor(h_sum: Tensor, segments: Tensor, rows: int, penalty: NeuronPenalty) -> Tensor:

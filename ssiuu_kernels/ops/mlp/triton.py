@@ -1,4 +1,4 @@
-"""Triton kernels of an MLP's hidden activation, gated (`h = act(x) * up`) or not (`h = act(x)`), and of its backward.
+"""Triton kernels of an MLP's activation, gated (`h = act(x) * up`) or not (`h = act(x)`), and of its backward.
 
 A program owns a (column stripe, sample, split of the sample's rows) tile of `[T, F]`, and goes down its rows with the
 scores in registers. What the ops hand over is described in glu.py and act.py.
@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.activations import CODES
-from ..common.allocate import empty_grads, empty_scores, grad_views
 from ..common.checks import dense_rows
 from ..common.results import absent
 from ..common.triton_host import split_count
@@ -25,7 +24,9 @@ from ..common.triton_kernels import (
     sample_rows,
     split_rows,
 )
+from .arguments import BackwardArguments
 from .neuron_penalty import NeuronPenalty
+from .outputs import empty_grads, empty_scores, grad_views
 
 # A thread moves 16 bytes of a tensor at once; 4 warps make a stripe of 128 or 256 columns and 8 or 4 rows.
 BLOCK_D = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
@@ -37,7 +38,7 @@ BLOCK_B = 64  # segments that `sample_rows` looks at at once
 
 
 @triton.jit(do_not_specialize=["rows"])
-def hidden_fwd_kernel(
+def mlp_fwd_kernel(
     x,  # [T, F], gate where gated
     up,  # [T, F], not read unless gated
     h,  # [T, F]
@@ -61,7 +62,7 @@ def hidden_fwd_kernel(
 
 
 @triton.jit
-def hidden_grads(x, up, grad_h, ACT: tl.constexpr, GATED: tl.constexpr):
+def mlp_grads(x, up, grad_h, ACT: tl.constexpr, GATED: tl.constexpr):
     """h, grad_x and grad_up of a tile, float32."""
     if GATED:
         value, grad_x = act_value_and_grad(x, grad_h * up, ACT)
@@ -74,7 +75,7 @@ def hidden_grads(x, up, grad_h, ACT: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["samples", "rows"])
-def hidden_bwd_kernel(
+def mlp_bwd_kernel(
     x,  # [T, F], gate where gated
     up,  # [T, F], not read unless gated
     grad_h,  # [T, F]
@@ -124,7 +125,7 @@ def hidden_bwd_kernel(
         up_tile = grad_tile
         if GATED:
             up_tile = tl.load(up + row * up_stride + col[None, :], mask=present, other=0.0).to(tl.float32)
-        h_tile, dx, dup = hidden_grads(x_tile, up_tile, grad_tile, ACT, GATED)
+        h_tile, dx, dup = mlp_grads(x_tile, up_tile, grad_tile, ACT, GATED)
         tl.store(grad_x + row * grad_x_stride + col[None, :], dx.to(grad_x.dtype.element_ty), mask=present)
         if GATED:
             tl.store(grad_up + row * grad_up_stride + col[None, :], dup.to(grad_up.dtype.element_ty), mask=present)
@@ -169,7 +170,7 @@ def penalty_factor(h_sum, ratio, bank, bank_row, col, inside, cols, twice_weight
 
 
 @triton.jit(do_not_specialize=["samples", "rows"])
-def hidden_bwd_penalty_kernel(
+def mlp_bwd_penalty_kernel(
     x,  # [T, F], gate where gated
     up,  # [T, F], not read unless gated
     grad_h,  # [T, F]
@@ -220,7 +221,7 @@ def hidden_bwd_penalty_kernel(
         grad_tile = tl.load(grad_h + row * grad_h_stride + col[None, :], mask=scored, other=0.0).to(tl.float32)
         if GATED:
             up_tile = tl.load(up + row * up_stride + col[None, :], mask=scored, other=0.0).to(tl.float32)
-        h_tile, dx, dup = hidden_grads(x_tile, up_tile, grad_tile, ACT, GATED)
+        h_tile, dx, dup = mlp_grads(x_tile, up_tile, grad_tile, ACT, GATED)
         product = h_tile * grad_tile
         # Compensated (Kahan): nothing splits this sum, and the gradients depend on it.
         term = tl.sum(product, 0) - h_error
@@ -246,7 +247,7 @@ def hidden_bwd_penalty_kernel(
             if GATED:
                 up_tile = tl.load(up + row * up_stride + col[None, :], mask=present, other=0.0).to(tl.float32)
         rescaled = grad_tile * tl.where(scored, factor[None, :], 1.0)
-        h_tile, dx, dup = hidden_grads(x_tile, up_tile, rescaled, ACT, GATED)
+        h_tile, dx, dup = mlp_grads(x_tile, up_tile, rescaled, ACT, GATED)
         tl.store(grad_x + row * grad_x_stride + col[None, :], dx.to(grad_x.dtype.element_ty), mask=present)
         if GATED:
             tl.store(grad_up + row * grad_up_stride + col[None, :], dup.to(grad_up.dtype.element_ty), mask=present)
@@ -270,42 +271,32 @@ def _rows(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     return tensor, tensor.stride(0)
 
 
-def hidden_forward(x: Tensor, up: Tensor | None, activation: str) -> Tensor:
+def mlp_forward(x: Tensor, up: Tensor | None, activation: str) -> Tensor:
     x, up = dense_rows(x), None if up is None else dense_rows(up)
     rows, cols = x.shape
     h = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
     if h.numel():
         up_rows, up_stride = _rows(up, x)
         block_d = BLOCK_D[x.dtype]
-        hidden_fwd_kernel[triton.cdiv(rows, BLOCK_T), triton.cdiv(cols, block_d)](
+        mlp_fwd_kernel[triton.cdiv(rows, BLOCK_T), triton.cdiv(cols, block_d)](
             x, up_rows, h, x.stride(0), up_stride, h.stride(0), rows, cols,
             ACT=CODES[activation], GATED=up is not None, BLOCK_T=BLOCK_T, BLOCK_D=block_d, num_warps=NUM_WARPS,
         )  # fmt: skip
     return h
 
 
-def hidden_backward(
-    x: Tensor,
-    up: Tensor | None,
-    grad_h: Tensor,
-    segments: Tensor,
-    activation: str,
-    scores: bool,
-    recompute_h: bool,
-    packed: bool,
-    longest: int,
-    penalty: NeuronPenalty | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, grad_h, up = dense_rows(x), dense_rows(grad_h), None if up is None else dense_rows(up)
-    grads = empty_grads(x, up, packed)
-    grad_x, grad_up = grad_views(grads, packed)
-    h = torch.empty(x.shape, dtype=x.dtype, device=x.device) if recompute_h else None
+def mlp_backward(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, grad_h, up = dense_rows(a.x), dense_rows(a.grad_h), None if a.up is None else dense_rows(a.up)
+    segments, scores, penalty = a.segments, a.scores, a.penalty
+    grads = empty_grads(x, up, a.packed)
+    grad_x, grad_up = grad_views(grads, a.packed)
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device) if a.recompute_h else None
     tensors, strides = zip(*(_rows(t, x) for t in (x, up, grad_h, grad_x, grad_up, h)), strict=True)
-    constants = {"ACT": CODES[activation], "GATED": up is not None, "WRITE_H": recompute_h, "BLOCK_B": BLOCK_B}
+    constants = {"ACT": CODES[a.activation], "GATED": up is not None, "WRITE_H": a.recompute_h, "BLOCK_B": BLOCK_B}
     samples = len(segments)
     if penalty is not None and samples:
         h_scores, x_scores = (empty_scores(x, segments) if scores else None for _ in range(2))
-        _launch_penalised(tensors, strides, segments, h_scores, x_scores, longest, penalty, constants)
+        _launch_penalised(tensors, strides, segments, h_scores, x_scores, a.longest, penalty, constants)
     elif scores and samples:
         h_scores, x_scores = _launch_scored(tensors, strides, segments, constants)
     else:
@@ -320,7 +311,7 @@ def _launch_plain(tensors, strides, constants) -> None:
     if rows == 0:
         return
     x, block_d = tensors[0], BLOCK_D[tensors[0].dtype]
-    hidden_bwd_kernel[triton.cdiv(rows, BLOCK_T), triton.cdiv(cols, block_d)](
+    mlp_bwd_kernel[triton.cdiv(rows, BLOCK_T), triton.cdiv(cols, block_d)](
         *tensors, x, x, x, *strides, 1, rows, cols,
         **constants, SCORES=False, SPLITS=1, BLOCK_T=BLOCK_T, BLOCK_D=block_d, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -332,7 +323,7 @@ def _launch_scored(tensors, strides, segments, constants) -> tuple[Tensor, Tenso
     splits = split_count(rows, samples)
     h_partials, x_partials = torch.empty((2, splits, 3, samples, cols), dtype=torch.float32, device=segments.device)
     if h_partials.numel():
-        hidden_bwd_kernel[samples, triton.cdiv(cols, block_d), splits](
+        mlp_bwd_kernel[samples, triton.cdiv(cols, block_d), splits](
             *tensors, segments, h_partials, x_partials, *strides, samples, rows, cols,
             **constants, SCORES=True, SPLITS=splits, BLOCK_T=BLOCK_T, BLOCK_D=block_d, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -351,7 +342,7 @@ def _launch_penalised(
         block_t, block_d, warps = resident_blocks(longest)
     else:
         block_t, block_d, warps = BLOCK_T, BLOCK_D[tensors[0].dtype], NUM_WARPS
-    hidden_bwd_penalty_kernel[len(segments), triton.cdiv(cols, block_d)](
+    mlp_bwd_penalty_kernel[len(segments), triton.cdiv(cols, block_d)](
         *tensors, segments, *(segments if part is None else part for part in (h_scores, x_scores)),
         *penalty, *strides, len(segments), rows, cols,
         **constants, SCORES=scores, RESIDENT=resident, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,

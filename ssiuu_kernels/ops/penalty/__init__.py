@@ -13,11 +13,14 @@ from ..common.checks import check_float, check_in_place, check_like
 from ..common.results import PenaltyStats
 from . import native, reference
 from .scalars import StepScalars, step_scalars
+from .tensors import PenaltyTensors
 
-for _name in ("penalty_", "penalty_adamw_"):
-    backends.register(_name, "reference", getattr(reference, _name))
-    backends.register(_name, "native", getattr(native, _name), native_host.why_not)
-    backends.register(_name, "triton", triton_host.lazily(__name__, _name), triton_host.why_not)
+backends.register("penalty_", "reference", reference.penalty_)
+backends.register("penalty_", "native", native.penalty_, native_host.why_not)
+backends.register("penalty_", "triton", triton_host.lazily(__name__, "penalty_"), triton_host.why_not)
+backends.register("penalty_adamw_", "reference", reference.penalty_adamw_)
+backends.register("penalty_adamw_", "native", native.penalty_adamw_, native_host.why_not)
+backends.register("penalty_adamw_", "triton", triton_host.lazily(__name__, "penalty_adamw_"), triton_host.why_not)
 
 # What the two ops write, by the names of their lists.
 WRITES = {
@@ -52,7 +55,7 @@ def penalty_(
         prev_attribution: `A_{t-1}`, shaped like grad, of any of these types, NaN where it was never measured;
             overwritten with `A_t`.
         weight: lambda, from 0 to 1e30; a number, or a 0-dim tensor, which is not read on the host: where it is out of
-            this range there is no penalty. At 0 grad stays what it is.
+            this range there is no penalty. At 0 grad is unchanged.
         step: counted from 1; step 1 has no `A_{t-1}`, so it only stores `A_1`. A number, or a 0-dim tensor.
         keep_anchor: keep `prev_attribution` where it is known.
         backend: "auto", "reference", "native" or "triton".
@@ -85,8 +88,8 @@ def penalty_many_(
     """`penalty_` of many parameters, in one launch where the backend can: for the many small ones.
 
     Args:
-        grads, params, target_grads, prev_attributions: one entry a parameter, each as in `penalty_`; all parameters of
-            one type and on one device, and so the others.
+        grads, params, target_grads, prev_attributions: one entry per parameter, each as in `penalty_`; all parameters
+            of one type and on one device, and so the others.
         weight, step, keep_anchor, backend: as in `penalty_`.
 
     Returns:
@@ -130,7 +133,7 @@ def penalty_adamw_(
 ) -> PenaltyStats:
     """The penalty of `penalty_` and the update of `torch.optim.AdamW` in one pass over memory.
 
-    Reads six tensors and writes four: with float32 everywhere 40 bytes a parameter, with bfloat16 20.
+    Reads six tensors and writes four: with float32 everywhere 40 bytes per parameter, with bfloat16 20.
 
     Args:
         param: phi, any shape, contiguous; float32, bfloat16, float16 or float64; overwritten.
@@ -141,7 +144,7 @@ def penalty_adamw_(
             on the host; so also lr and weight.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr up to 1e30.
         weight: lambda, from 0 to 1e30; at 0 the update is AdamW's. Where a tensor lr or weight is out of its range, or
-            not finite, the step is one of lr 0 and weight 0: param stays what it is.
+            not finite, the step uses lr 0 and weight 0: param is unchanged.
         keep_anchor: as in `penalty_`.
         seed: None rounds to nearest. A number rounds the bfloat16 tensors that are written up or down at random, so
             that their mean is kept; the draws depend on seed, step and an element's place, and on nothing else.
@@ -182,7 +185,7 @@ def penalty_adamw_many_(
     """`penalty_adamw_` of many parameters, in one launch where the backend can: for the many small ones.
 
     Args:
-        params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs: one entry a parameter, each as in
+        params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs: one entry per parameter, each as in
             `penalty_adamw_`; all parameters of one type and on one device, and so the others.
         step, lr, betas, eps, weight_decay, weight, keep_anchor, backend: as in `penalty_adamw_`.
         seeds: one for each parameter, or None.
@@ -227,7 +230,7 @@ def _check_tensors(lists: dict[str, list[Tensor]], written: Collection[str]) -> 
     counts = {name: len(tensors) for name, tensors in lists.items()}
     if len(set(counts.values())) > 1 or not counts["param"]:
         raise ValueError(
-            f"the lists have {counts} entries; expected one a parameter in each, and at least one parameter"
+            f"the lists have {counts} entries; expected one per parameter in each, and at least one parameter"
         )
     first = {name: tensors[0] for name, tensors in lists.items()}
     spans = []
@@ -275,7 +278,7 @@ def _penalty(
 ) -> Tensor:
     run = backends.select("penalty_", backend, params[0], grads[0], prev_attributions[0])
     scalars = StepScalars(list(host_scalars), device_scalars, keep_anchor)
-    return run(grads, params, target_grads, prev_attributions, scalars)
+    return run(PenaltyTensors(params, grads, target_grads, prev_attributions), scalars)
 
 
 @torch.library.custom_op(
@@ -296,7 +299,8 @@ def _penalty_adamw(
 ) -> Tensor:
     run = backends.select("penalty_adamw_", backend, params[0], grads[0], prev_attributions[0])
     scalars = StepScalars(list(host_scalars), device_scalars, keep_anchor)
-    return run(params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs, scalars, seeds)
+    tensors = PenaltyTensors(params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs)
+    return run(tensors, scalars, seeds)
 
 
 @_penalty.register_fake

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..common.precision import compute_dtype
 from .rounding import random_bits, round_at_random
 from .scalars import FIELDS, StepScalars
+from .tensors import PenaltyTensors
 
 
 def _as_dict(scalars: StepScalars, dtype: torch.dtype) -> dict[str, float | Tensor]:
@@ -60,17 +61,11 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return total
 
 
-def penalty_(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
-    target_grads: Sequence[Tensor],
-    prev_attributions: Sequence[Tensor],
-    scalars: StepScalars,
-) -> Tensor:
-    dtype = compute_dtype(params[0].dtype)
+def penalty_(tensors: PenaltyTensors, scalars: StepScalars) -> Tensor:
+    dtype = compute_dtype(tensors.params[0].dtype)
     s = _as_dict(scalars, dtype)
-    total = torch.zeros(5, dtype=torch.float64, device=params[0].device)
-    for grad, param, target_grad, prev_attribution in zip(grads, params, target_grads, prev_attributions, strict=True):
+    total = torch.zeros(5, dtype=torch.float64, device=tensors.params[0].device)
+    for param, grad, target_grad, prev_attribution in zip(*tensors[:4], strict=True):
         loss_grad = grad.to(dtype)
         penalty_grad, anchor, sums = penalty_gradient(
             param.to(dtype), loss_grad, target_grad.to(dtype), prev_attribution, s, scalars.keep_anchor
@@ -81,35 +76,25 @@ def penalty_(
     return total
 
 
-def penalty_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    target_grads: Sequence[Tensor],
-    prev_attributions: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    scalars: StepScalars,
-    seeds: Sequence[int] | None,
-) -> Tensor:
-    dtype = compute_dtype(params[0].dtype)
+def penalty_adamw_(tensors: PenaltyTensors, scalars: StepScalars, seeds: Sequence[int] | None) -> Tensor:
+    dtype = compute_dtype(tensors.params[0].dtype)
     s = _as_dict(scalars, dtype)
-    total = torch.zeros(5, dtype=torch.float64, device=params[0].device)
-    for i, param in enumerate(params):
-        loss_grad, old = grads[i].to(dtype), param.to(dtype)
+    total = torch.zeros(5, dtype=torch.float64, device=tensors.params[0].device)
+    for i, (param, grad, target_grad, prev_attribution, exp_avg, exp_avg_sq) in enumerate(zip(*tensors, strict=True)):
+        loss_grad, old = grad.to(dtype), param.to(dtype)
         penalty_grad, anchor, sums = penalty_gradient(
-            old, loss_grad, target_grads[i].to(dtype), prev_attributions[i], s, scalars.keep_anchor
+            old, loss_grad, target_grad.to(dtype), prev_attribution, s, scalars.keep_anchor
         )
         update = penalty_grad.add_(loss_grad)
         # AdamW as torch.optim.AdamW: decay first, then the bias-corrected step. `to` is a no-op in float32.
-        mean, square = exp_avgs[i].to(dtype), exp_avg_sqs[i].to(dtype)
+        mean, square = exp_avg.to(dtype), exp_avg_sq.to(dtype)
         mean = mean.add_((update - mean).mul_(s["one_minus_beta1"]))
         square = square.mul_(s["beta2"]).add_(update.square_().mul_(s["one_minus_beta2"]))
         denominator = square.sqrt().mul_(s["inv_sqrt_bias_correct2"]).add_(s["eps"])
         new = old.mul_(s["decay"]).sub_((mean / denominator).mul_(s["step_size"]))
         results = (new, anchor, mean, square)
         bits = [None] * 4 if seeds is None else random_bits(seeds[i], s["step"], param.numel(), param.device)
-        targets = (param, prev_attributions[i], exp_avgs[i], exp_avg_sqs[i])
-        for target, result, draw in zip(targets, results, bits, strict=True):
+        for target, result, draw in zip((param, prev_attribution, exp_avg, exp_avg_sq), results, bits, strict=True):
             _store(target, result, draw)
         total += sums
     return total

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .scalars import FIELDS, StepScalars
+from .tensors import PenaltyTensors
 
 # 8 scalars a thread: 16 bytes of a tensor at once in bfloat16. A program does CHUNK scalars, for fewer partial sums.
 BLOCK, CHUNK, NUM_WARPS = 1024, 4096, 4
@@ -201,35 +202,20 @@ def address(entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
-def penalty_(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
-    target_grads: Sequence[Tensor],
-    prev_attributions: Sequence[Tensor],
-    scalars: StepScalars,
-) -> Tensor:
-    return _run(params, grads, target_grads, prev_attributions, None, None, scalars, None)
+def penalty_(tensors: PenaltyTensors, scalars: StepScalars) -> Tensor:
+    return _run(tensors, scalars, None)
 
 
-def penalty_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    target_grads: Sequence[Tensor],
-    prev_attributions: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    scalars: StepScalars,
-    seeds: Sequence[int] | None,
-) -> Tensor:
-    return _run(params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs, scalars, seeds)
+def penalty_adamw_(tensors: PenaltyTensors, scalars: StepScalars, seeds: Sequence[int] | None) -> Tensor:
+    return _run(tensors, scalars, seeds)
 
 
-def _run(params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs, scalars, seeds) -> Tensor:
+def _run(tensors: PenaltyTensors, scalars: StepScalars, seeds: Sequence[int] | None) -> Tensor:
+    params = tensors.params
     programs = [triton.cdiv(param.numel(), CHUNK) for param in params]
     sums = torch.zeros((sum(programs), 5), dtype=torch.float64, device=params[0].device)
-    adamw = exp_avgs is not None
-    states = (exp_avgs, exp_avg_sqs) if adamw else (params, params)
-    lists = (params, grads, target_grads, prev_attributions, *states)
+    adamw = tensors.exp_avgs is not None
+    lists = [params if entries is None else entries for entries in tensors]  # the moments are not read without AdamW
     numbers = dict(zip(FIELDS, scalars.host, strict=True))
     common = {
         "ADAMW": adamw, "STOCHASTIC": seeds is not None, "DEVICE_SCALARS": scalars.device is not None,
@@ -241,12 +227,12 @@ def _run(params, grads, target_grads, prev_attributions, exp_avgs, exp_avg_sqs, 
     if not len(sums):
         return sums.sum(0)
     if len(params) == 1:
-        tensors = (tensors[0] for tensors in lists)
-        penalty_kernel[(len(sums),)](*tensors, sums, device_scalars, params[0].numel(), seeds[0], **numbers, **common)
+        only = (entries[0] for entries in lists)
+        penalty_kernel[(len(sums),)](*only, sums, device_scalars, params[0].numel(), seeds[0], **numbers, **common)
     else:
         table, aligned = _address_table(lists, seeds, programs)
-        kinds = {"PARAM": params, "GRAD": grads, "STATE": prev_attributions}
-        types = {name: _TYPES[tensors[0].dtype] for name, tensors in kinds.items()}
+        kinds = {"PARAM": params, "GRAD": tensors.grads, "STATE": tensors.prev_attributions}
+        types = {name: _TYPES[entries[0].dtype] for name, entries in kinds.items()}
         penalty_many_kernel[(len(sums),)](
             table, table.shape[1], sums, device_scalars, **numbers, **types, ALIGNED=aligned, **common
         )

@@ -11,7 +11,7 @@ ELSEWHERE = {
     "ScaledDotProductCudnnAttentionBackward0", "ScaledDotProductEfficientAttentionBackward0",
     "ScaledDotProductFlashAttentionBackward0", "ScaledDotProductFusedAttentionOverrideableBackward0",
     "FusedRmsNormBackward0", "ObservedHiddenBackward", "RecordedOutputBackward",
-    "GeneratedBackwardFor_ssiuu_hidden_forward_defaultBackward",
+    "GeneratedBackwardFor_ssiuu_mlp_forward_defaultBackward",
     "GeneratedBackwardFor_ssiuu_packed_glu_forward_defaultBackward",
 }  # fmt: skip
 SHAPE = (4, 6, 4)

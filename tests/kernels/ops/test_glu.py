@@ -201,9 +201,9 @@ def test_opcheck(extras, gated, backend):
     segments = as_segments([(0, 2), (2, 6)])
     penalty = (torch.tensor(0.5), torch.ones(2), torch.randn(3, 10), torch.tensor([2, 0])) if extras else [None] * 4
     arguments = (gate, up, grad_h, segments, "silu", extras, extras, gated and extras, 0, *penalty, backend)
-    torch.library.opcheck(torch.ops.ssiuu.hidden_backward, arguments)
+    torch.library.opcheck(torch.ops.ssiuu.mlp_backward, arguments)
     differentiable = [None if x is None else x.requires_grad_() for x in (gate, up)]
-    torch.library.opcheck(torch.ops.ssiuu.hidden_forward, (*differentiable, "silu", backend))
+    torch.library.opcheck(torch.ops.ssiuu.mlp_forward, (*differentiable, "silu", backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""The outputs of `hidden_backward`.
+"""The outputs of `mlp_backward`.
 
 The gradients of x and up are two tensors, except where a fused projection takes them as one: the C library gives
 memory back to the system in pieces of over 32 MB, and the next backward pays a page fault for every 4 KB of it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .results import absent
+from ..common.results import absent
 
 
 def empty_grads(x: Tensor, up: Tensor | None, packed: bool) -> tuple[Tensor, Tensor]:
