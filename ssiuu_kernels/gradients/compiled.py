@@ -34,7 +34,7 @@ def refuse_donated_buffers(nodes: Iterable) -> None:
         nodes: backward nodes of the graph.
     """
     for node in nodes:
-        # Where another version of torch keeps its notes elsewhere, it is not known, and refused.
+        # Another version of torch may keep this elsewhere; a model that cannot be checked is refused.
         if type(node).__name__ == _COMPILED and getattr(_notes(node), "bw_donated_idxs", "unknown"):
             raise RuntimeError(
                 "a part of the model was compiled and run backward before the model was patched, and its compiled "

@@ -50,15 +50,15 @@ class NeuronLevel:
         self._bypassed: dict[str, str] = {}  # MLP name -> why its last forward was its class's own
 
     def enter(self, name: str, _lead: Lead, _connected: bool) -> None:
-        """See `hidden.Observer`."""
+        """See `modules.mlp.Observer`."""
         self._bypassed.pop(name, None)
 
     def bypassed(self, name: str, why: str) -> None:
-        """See `hidden.Observer`."""
+        """See `modules.mlp.Observer`."""
         self._bypassed[name] = why
 
     def backward(self, name: str, form: Form, inputs: tuple[Tensor, ...], grad_h: Tensor, options: dict) -> tuple:
-        """The gradients of a hidden activation's inputs, in the backward of another loss. See `hidden.Observer`."""
+        """The gradients of an MLP activation's inputs, in the backward of another loss. See `modules.mlp.Observer`."""
         return form.backward(*inputs, grad_h, **options).inputs
 
     def observe(self, logits: Tensor, log_probs: Tensor, factor: Tensor, sample_ids: Tensor, length: int) -> Tensor:
@@ -226,7 +226,7 @@ class PenalisedBackward:
             self._nodes, self._before = [], []
 
     def backward(self, name: str, form: Form, inputs: tuple[Tensor, ...], grad_h: Tensor, options: dict) -> tuple:
-        """The gradients of a hidden activation's inputs, the penalty's included. See `hidden.Observer`."""
+        """The gradients of an MLP activation's inputs, the penalty's included. See `modules.mlp.Observer`."""
         if self._log_probs is not None:  # the backward of another loss came first
             return form.backward(*inputs, grad_h, **options).inputs
         level, rows = self._level, self._rows

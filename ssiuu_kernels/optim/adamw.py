@@ -27,11 +27,11 @@ class SsiuuAdamW(PenalisedOptimizer):
         params: parameters or parameter groups; frozen ones are left alone.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr may be a 0-dim tensor.
         penalty_weight: lambda, or where the steered lambda starts. The paper's is 1e-3 (FaithUn) or 1e-4 (TOFU), but
-            it is no portable number. From 0 to 1e30.
+            the same value means something else for another model. From 0 to 1e30.
         penalty_share: of the scalars in I-, the fraction whose penalty gradient should outweigh their loss gradient;
             lambda is then steered towards it from step to step, on the device, between 1e-24 and 1e24; not by steps
-            that say nothing of it, as when P is almost 0 (`steering.py`). None keeps lambda fixed. A group with its own
-            share is steered by its own statistics.
+            that say nothing about it, as when P is almost 0 (`steering.py`). None keeps lambda fixed. A group with its
+            own share is steered by its own statistics.
         state_dtype: of `A_{t-1}` and the moments; None: the parameter's, and float32 for float16.
         stochastic_rounding: round the bfloat16 tensors that a step writes, parameters and states, at random so that
             their mean is kept. Deterministic by seed and step.
@@ -42,7 +42,7 @@ class SsiuuAdamW(PenalisedOptimizer):
         update_in_backward: update a parameter as soon as its two gradients are complete, during `backward()`, and free
             them, so that the gradients of no more than two layers exist at once (`update_in_backward.py`). `step()`
             then updates what is left, the small parameters, and steers lambda. Every backward is followed by one. It
-            goes with neither clipping, accumulation nor a GradScaler.
+            cannot be combined with clipping, accumulation or a GradScaler.
         backend: backend of the ops.
         anchor: what the penalty compares A_t with. "previous" is A_{t-1}, as in Algorithm 1. "original" is A as it was
             measured first, of the model before unlearning: the "original level" that the paper's text promises. That
@@ -167,6 +167,6 @@ class SsiuuAdamW(PenalisedOptimizer):
         return run_penalty_adamw(tensors, scalars, seeds, self.backend)
 
     def _seeds(self, params: list[nn.Parameter]) -> list[int]:
-        """One for each parameter, by its place among all: two of them share no draws, in whatever launch they are."""
+        """One for each parameter, from its index among all: no two share draws, whichever launch they are in."""
         place = {param: index for index, (_, param) in enumerate(self._all_params())}
         return [self.seed * 1_000_003 + place[param] for param in params]

@@ -12,7 +12,7 @@ from ..ops.common.precision import LARGEST
 from ..ops.penalty.scalars import check_scalars
 
 # Options of other optimizers' groups that would change the update, and their values that do not. Others (foreach,
-# fused, a scheduler's initial_lr) are let be.
+# fused, a scheduler's initial_lr) are ignored.
 _FOREIGN = {"maximize": False, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
 
 PREVIOUS, ORIGINAL = ANCHORS = ("previous", "original")  # A of the step before, or A as it was measured first
@@ -88,7 +88,7 @@ def check_saved_state(saved: dict, names: Sequence[str], param: nn.Parameter) ->
 
 
 def check_saved_anchor(saved: dict, states: Sequence[dict], anchor: str) -> None:
-    """The `prev_attribution` of a saved group is what `anchor` makes of it. Version 0.1.0 knew "previous" alone."""
+    """The `prev_attribution` of a saved group was kept by the rule of `anchor`. Version 0.1.0 had "previous" alone."""
     unnamed = PREVIOUS if any("prev_attribution" in state for state in states) else anchor
     if saved.get("anchor", unnamed) != anchor:
         raise ValueError(

@@ -122,10 +122,9 @@ class PenalisedOptimizer(torch.optim.Optimizer):
     def set_anchor(self, values: Mapping[nn.Parameter, Tensor]) -> None:
         """Set the attributions that the next step compares its own with, at the first step too.
 
-        For a caller who knows better ones than those of the last step: with mini-batches, the original model's summed
-        over the facts of the next batch. With anchor="previous" the next step replaces them; with anchor="original"
-        they stay until they are set again. Parameters that are not named keep theirs. Synchronizes with the host, which
-        checks the values.
+        For example, with mini-batches: the original model's attributions, summed over the facts of the next batch. With
+        anchor="previous" the next step replaces them; with anchor="original" they stay until they are set again.
+        Parameters that are not named keep theirs. Synchronizes with the host, which checks the values.
 
         Args:
             values: parameter -> its attributions, shaped like it, of any floating type and on any device; copied.
@@ -153,8 +152,8 @@ class PenalisedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, but states keep the type in which they were saved: torch would cast them to the parameter's.
 
-        A `torch.optim.AdamW`'s is taken too: what it lacks of a group stays as it is here, and its parameters'
-        `A_{t-1}` is not known, so that their next step measures A and penalises nothing.
+        The state of a `torch.optim.AdamW` works too: group options that it lacks stay as they are here, and `A_{t-1}`
+        is unknown, so that the next step measures A and penalises nothing.
 
         Raises:
             ValueError: options out of range, or that would change the update (maximize, amsgrad); a state that is of
@@ -215,7 +214,7 @@ class PenalisedOptimizer(torch.optim.Optimizer):
         return torch.float32 if param.dtype == torch.float16 else param.dtype
 
     def check_before_update(self) -> None:
-        """What can be wrong whatever the gradients are; before the first update of a step."""
+        """Check what does not depend on the gradients, before the first update of a step."""
         refuse_more_processes()
         self._known_scalars = {}
         for group in self.param_groups:

@@ -13,7 +13,7 @@ from .penalised import PenalisedOptimizer
 
 
 class SsiuuPenalty(PenalisedOptimizer):
-    """The penalty alone, to stand before any optimizer's step: `penalty.apply_(); optimizer.step()`.
+    """The penalty alone, applied before any optimizer's step: `penalty.apply_(); optimizer.step()`.
 
     Args:
         params, penalty_weight, penalty_share, backend, anchor: as in `SsiuuAdamW`.

@@ -33,7 +33,7 @@ def steered_weight(weight: Tensor, measured_share: Tensor, wanted_share: float) 
 
 
 def next_weight(weight: Tensor, stats: PenaltyStats, wanted_share: float) -> Tensor:
-    """The steered lambda, or the same one where the step says nothing of it; without a host read.
+    """The steered lambda, or the same one where the step says nothing about it; does not synchronize with the host.
 
     It says nothing where the lambda at which both gradients have the same norm is not finite or outside the bounds: I-
     is empty, A did not change, the loss gradient is 0, something overflowed, or P is so small that no lambda within the

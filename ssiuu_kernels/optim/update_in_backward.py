@@ -18,7 +18,7 @@ from torch import nn
 from ..gradients.target_grad import has_empty_sum
 
 # Parameters below this size (vectors, and tiny matrices) wait for `step()`, where they share launches: their gradients
-# are next to nothing, 256 KB in float32 at most.
+# are almost nothing, 256 KB in float32 at most.
 WAITING = 1 << 16
 
 
@@ -28,7 +28,7 @@ class PenalisedOptimizer(Protocol):
     param_groups: list[dict]
 
     def check_before_update(self) -> None:
-        """Refuse what can be wrong whatever the gradients are."""
+        """Refuse what can be wrong before any gradient is known."""
 
     def update_params(self, pending: Sequence[tuple[dict, nn.Parameter]]) -> list[Any]:
         """Update these parameters, each with its group; what `finish_step` needs to know of it."""

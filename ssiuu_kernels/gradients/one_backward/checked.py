@@ -1,4 +1,4 @@
-"""One backward, held against two on every batch: `engine="checked"`, for the careful."""
+"""One backward, compared with two on every batch: `engine="checked"`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("grad", "target_grad")
 
 # Relative distance that rounding explains, by a parameter's type. Rows taken for another sample's give 0.5 and more.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-# A gradient that is 0 but for rounding (a key's bias) is held against this part of the whole.
+# A gradient that is 0 up to rounding (a key's bias) is compared with this part of the whole.
 FLOOR = 1e-3
 TINY = 1e-300  # of gradients that are all 0
 

@@ -104,7 +104,7 @@ class Followed:
         nodes: all backward nodes.
         layouts: those of ours, or the watched ones -> the order of their rows.
         broadcasts: an embedding that was added to every sample -> the node that added it.
-        leaves: tensors that want a gradient and are no parameters -> the order of their rows. Their gradients are
+        leaves: tensors that need a gradient and are not parameters -> the order of their rows. Their gradients are
             weighted on the way.
         reason: why the graph cannot take the one-backward path; None if it can.
     """

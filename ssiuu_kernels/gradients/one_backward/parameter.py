@@ -42,7 +42,7 @@ class RowParameter(Tensor):
         return stand_in
 
     def derived(self, function: Callable, args: tuple, kwargs: dict, transposed: bool = False) -> RowParameter:
-        """`function` of this stand-in: a value whose derivative by the parameter is 1, or the transpose."""
+        """`function` of this stand-in: its derivative with respect to the parameter is 1, or it is the transpose."""
         return self.of(self.param, function(*map(_live, args), **kwargs), transposed)
 
     @property

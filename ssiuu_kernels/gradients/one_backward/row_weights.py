@@ -1,4 +1,4 @@
-"""How much each row of one forward counts in `dL` and in `sum_b dP_b`, in whatever order a layer sees the rows."""
+"""How much each row of one forward counts in `dL` and in `sum_b dP_b`, for any order in which a layer sees the rows."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class RowWeights:
         self.disarm()
 
     def disarm(self) -> None:
-        """Forget the weights: whatever runs backward now is another loss's."""
+        """Forget the weights: the next backward belongs to another loss."""
         self.armed = False
         self._loss = self._target = None
         self._host: tuple[Sequence[float], Sequence[float]] = ((), ())

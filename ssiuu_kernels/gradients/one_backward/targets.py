@@ -153,7 +153,7 @@ def _through(hooks: Iterable[Callable], grad: Tensor) -> Tensor:
 
 
 def _is_stale(param: Tensor) -> bool:
-    """Whether the target gradient is of a step that was given up: `model.zero_grad()` knows `grad` alone."""
+    """Whether the target gradient is of a step that was abandoned: `model.zero_grad()` clears `grad` alone."""
     info = info_of(param)
     if param.grad is None:
         return True

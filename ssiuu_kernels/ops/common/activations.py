@@ -80,7 +80,7 @@ def recognise(function: Callable[[Tensor], Tensor]) -> str | None:
     try:
         with torch.no_grad():
             values = function(grid)
-    except Exception:  # whatever refuses a plain float64 vector is no elementwise activation of ours
+    except Exception:  # a module that refuses a plain float64 vector is not one of our elementwise activations
         return None
     if not isinstance(values, Tensor) or values.shape != grid.shape:
         return None

@@ -54,7 +54,7 @@ def check_in_place(tensors: Iterable[tuple[str, Tensor, bool]]) -> None:
             start = tensor.data_ptr()
             spans.append((start, start + tensor.numel() * tensor.element_size(), name, written))
     spans.sort(key=lambda span: span[0])
-    # By rising starts, each is held against the one before that reaches furthest, and the written one that does.
+    # Sorted by start, each is compared with the earlier one that reaches furthest, and with the written one that does.
     furthest = furthest_written = (0, "")
     for start, end, name, written in spans:
         reach, other = furthest if written else furthest_written

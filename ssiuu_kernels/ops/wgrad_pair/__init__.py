@@ -49,7 +49,7 @@ def wgrad_pair(
         raise ValueError(f"x has shape {list(x.shape)} and grad_y {list(grad_y.shape)}; expected [T, in] and [T, out]")
     if grad_y.dtype != x.dtype or grad_y.device != x.device:
         raise ValueError(
-            f"grad_y is {grad_y.dtype} on {grad_y.device} and x {x.dtype} on {x.device}; expected both alike"
+            f"grad_y is {grad_y.dtype} on {grad_y.device} and x {x.dtype} on {x.device}; expected the same"
         )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, weights in (("loss_weights", loss_weights), ("target_weights", target_weights)):

@@ -73,7 +73,7 @@ def test_compiles_without_a_break():
 
 BAD = {
     "rows that differ": (r"expected \[T, in\] and \[T, out\]", {"grad_y": torch.randn(3, OUT)}),
-    "types that differ": ("expected both alike", {"grad_y": torch.randn(ROWS, OUT).double()}),
+    "types that differ": ("expected the same", {"grad_y": torch.randn(ROWS, OUT).double()}),
     "weights of another type": ("loss_weights is torch.float64", {"loss_weights": torch.ones(ROWS).double()}),
     "weights of another length": ("target_weights is", {"target_weights": torch.ones(2)}),
     "places that are no integers": ("target_rows is torch.float32", {"target_rows": torch.ones(2)}),
