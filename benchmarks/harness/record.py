@@ -12,6 +12,7 @@ from rich.table import Table
 from ssiuu_kernels.env import environment
 
 from .cases import AnyCase
+from .device import ON_GPU
 from .timing import Times
 
 Row = dict
@@ -46,6 +47,8 @@ def make_row(
     if times is None:
         return row
     row |= {"median_ms": times.median, "p20_ms": times.p20, "p80_ms": times.p80, "peak_bytes": peak}
+    if ON_GPU:
+        row |= {"host_ms": times.host, "late": times.late}
     if case.moved_bytes is not None:
         rate = case.moved_bytes / (times.median * 1e-3)
         row |= {"moved_bytes": case.moved_bytes, "gb_per_s": rate / 1e9, "share_of_copy": rate / copy}
@@ -74,19 +77,19 @@ def write_json(path: Path, rows: list[Row], copy: float, facts: dict[str, str]) 
     partial.replace(path)
 
 
-HEADINGS = ("case", "candidate", "ms (20 %, 80 %)", "rate", "of copy", "x ours", "MB", "error")
+HEADINGS = ("case", "candidate", "ms (20 %, 80 %)", "host ms", "rate", "of copy", "x ours", "MB", "error")
 
 
 def cells(row: Row) -> list[str]:
     """The row as text, in the order of `HEADINGS`."""
     name = [row["case"], row["candidate"]]
     if row["passed"] is None:
-        return [*name, row["missing"], *[""] * 5]
+        return [*name, row["missing"], *[""] * 6]
     if not row["passed"]:
-        return [*name, "wrong result, not timed", *[""] * 4, f"{row['error']:.1e}"]
+        return [*name, "wrong result, not timed", *[""] * 5, f"{row['error']:.1e}"]
     if "layers" in row:
         fits = f"{row['layers']} layers, {row['parameters'] / 1e6:,.0f} M parameters"
-        return [*name, "", fits, "", "", f"{row['peak_bytes'] / 1e6:.0f}", f"{row['error']:.1e}"]
+        return [*name, "", "", fits, "", "", f"{row['peak_bytes'] / 1e6:.0f}", f"{row['error']:.1e}"]
     if "tokens_per_s" in row:
         rate, share = f"{row['tokens_per_s']:,.0f} tokens/s", ""
     else:
@@ -94,12 +97,18 @@ def cells(row: Row) -> list[str]:
     return [
         *name,
         f"{row['median_ms']:.3g} ({row['p20_ms']:.3g}, {row['p80_ms']:.3g})",
+        _host(row),
         rate,
         share,
         "" if row["times_ours"] is None else f"{row['times_ours']:.2f}",
         "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.0f}",
         f"{row['error']:.1e}",
     ]
+
+
+def _host(row: Row) -> str:
+    """The host's time, with a mark where the device waited for it; empty on a CPU, where the two are one."""
+    return "" if "host_ms" not in row else f"{row['host_ms']:.3g}{' (late)' if row['late'] else ''}"
 
 
 def make_table(rows: list[Row], copy: float) -> Table:

@@ -50,12 +50,12 @@ def _(case: StepCase, runs: int, copy: float) -> list[Row]:
 
 
 def _summary(turns: list[Turn]) -> Times:
-    return summarise([elapsed for turn in turns for elapsed in turn.milliseconds])
+    return summarise([step for turn in turns for step in turn.steps])
 
 
 def _of_turns(turns: list[Turn], weight_bytes: int) -> Row:
     """Peaks, with and without the weights, and how much slower the second turn was than the first."""
-    first, second = (statistics.median(turn.milliseconds) for turn in turns)
+    first, second = (statistics.median(step.device for step in turn.steps) for turn in turns)
     row = {"second_turn_over_first": second / first}
     if turns[0].peak_bytes is None:
         return row

@@ -9,7 +9,7 @@ import torch
 
 from .cases import StepCase
 from .memory import PeakMemory
-from .timing import milliseconds
+from .timing import Elapsed, wall_clock
 
 Build = Callable[[], Callable[[], None]]  # builds a candidate with its state, and returns its step
 ROUNDS, MOST_STEPS = 2, 3
@@ -18,7 +18,7 @@ ROUNDS, MOST_STEPS = 2, 3
 class Turn(NamedTuple):
     """What one turn of a candidate found."""
 
-    milliseconds: list[float]  # of each timed step
+    steps: list[Elapsed]  # those that were timed
     peak_bytes: int | None  # the model included; None where memory cannot be measured
 
 
@@ -33,7 +33,7 @@ def take_turn(build: Build, steps: int) -> Turn | None:
         step = build()
         step()
         memory.reset()
-        return Turn([milliseconds(step) for _ in range(steps)], memory.read())
+        return Turn([wall_clock(step) for _ in range(steps)], memory.read())
     except torch.cuda.OutOfMemoryError:
         return None
 

@@ -11,7 +11,7 @@ from benchmarks.harness.cases import Case
 from benchmarks.harness.gate import errors
 from benchmarks.harness.record import provenance, write_json
 from benchmarks.harness.running import run_case
-from benchmarks.harness.timing import summarise
+from benchmarks.harness.timing import Elapsed, summarise
 from benchmarks.plot import render, write_docs
 from benchmarks.suites import SUITES
 from benchmarks.training.models import Shape
@@ -50,8 +50,14 @@ def test_candidates_do_not_see_each_others_writes():
 
 
 def test_percentiles():
-    times = summarise([float(n) for n in range(1, 12)])
-    assert times == (6, 3, 9)
+    times = summarise([Elapsed(device=float(n), host=2.0 * n) for n in range(1, 12)])
+    assert times == (6, 3, 9, 12, False)
+
+
+def test_times_are_late_where_most_calls_were():
+    on_time, late = Elapsed(1, 1), Elapsed(1, 1, late=True)
+    assert not summarise([on_time, on_time, late]).late
+    assert summarise([on_time, late, late]).late
 
 
 def test_a_record_carries_its_provenance(tmp_path):

@@ -111,7 +111,7 @@ def test_turns_go_back_and_forth():
     case = steps_of({name: lambda name=name: built.append(name) or (lambda: None) for name in names})
     turns = time_steps(case, names, runs=4)
     assert built == ["plain GD", "peer", "ours", "ours", "peer", "plain GD"]
-    assert all(len(turn.milliseconds) == 2 for taken in turns.values() for turn in taken)
+    assert all(len(turn.steps) == 2 for taken in turns.values() for turn in taken)
 
 
 def test_a_candidate_is_freed_after_its_turn():
