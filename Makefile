@@ -24,21 +24,14 @@ test: lint build
 demo: build
 	$(BIN)/ssiuu demo
 
-# Into the Python at hand, which has torch, triton and the build tools: nothing is downloaded. In under ten minutes.
+# With the Python at hand, which has torch, triton and the build tools: nothing is downloaded. In under ten minutes; the
+# parts can be run one by one, see benchmarks/gpu.py.
 gpu:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
-	$(PYTHON) -m pytest -q -m gpu
-	sh -c 'command -v compute-sanitizer || { echo "compute-sanitizer was not found: skipped"; exit 0; }; \
-	  for tool in memcheck racecheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m "gpu and sanitizer" || exit 1; done'
-	$(PYTHON) -m benchmarks --suite glu scores penalty attribution --runs 10
+	$(PYTHON) -m benchmarks.gpu
 
-# One shape a command, each with a record of its own.
+# One shape a part, each in under ten minutes and with a record of its own.
 gpu-step:
-	for shape in Llama-3.2-3B Llama-3.2-1B Llama-3.1-8B; do \
-	  $(PYTHON) -m benchmarks --suite step --case $$shape --runs 6 \
-	    --out benchmarks/results/gpu-step-$$shape.json || exit 1; done
-	$(PYTHON) -m benchmarks --suite memory --out benchmarks/results/gpu-memory.json
+	$(PYTHON) -m benchmarks.gpu step-Llama-3.2-3B step-Llama-3.2-1B step-Llama-3.1-8B memory
 
 build: $(VENV)/.built
 
