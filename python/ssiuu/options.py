@@ -93,6 +93,10 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
         accumulate: micro-batches per step.
         threshold: stop when FS is at or below it; None means chance among the facts' options (1/3 with two false
             ones), and 0.1971 (ROUGE-L recall) without options.
+        stop_facts: leave a forget fact out of the loss once it is answered wrongly (without options: scored at or
+            below the threshold), until it is answered again; method klue does so by itself.
+        stop_margin: with stop_facts, the log-likelihood per token by which a fact with options has to be answered
+            wrongly to leave.
         evaluate_every: steps between evaluations.
         save_every: steps between checkpoints; 0 keeps none.
         evaluation_facts: retain facts scored along the way, at most.
@@ -121,6 +125,8 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
     retain_batch: int = 0
     accumulate: int = 1
     threshold: float | None = None
+    stop_facts: bool = False
+    stop_margin: float = 0.0
     evaluate_every: int = 1
     save_every: int = 10
     evaluation_facts: int = 24
@@ -159,7 +165,7 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
         for name in ("max_steps", "accumulate", "evaluate_every", "forget_people", "retain_people", "evaluation_facts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        for name in ("forget_batch", "retain_batch", "save_every", "weight_decay"):
+        for name in ("forget_batch", "retain_batch", "save_every", "weight_decay", "stop_margin"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 0")
         check_learning_rate(self.learning_rate)

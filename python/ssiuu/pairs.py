@@ -72,6 +72,8 @@ def make(options: UnlearnOptions) -> tuple[Method, Regularizer]:
         )
     method.check(options)
     regularizer.check(method, options)
+    if options.stop_margin and not (options.stop_facts or method.stops_facts):
+        raise ValueError(f"stop_margin={options.stop_margin} without stop_facts has no effect; add --stop-facts")
     if options.update_in_backward and not regularizer.updates_in_backward:
         able = ", ".join(name for name, kind in regularizers().items() if kind.updates_in_backward)
         raise ValueError(

@@ -29,6 +29,7 @@ from ..regularizers.base import Regularizer
 from ..runs.folder import Run
 from ..training.schedule import Part, Schedule
 from ..training.step_log import StepRecord
+from ..training.stopped_facts import StoppedFacts
 from ..training.trainer import refuse_launchers, training_arguments
 from ..training.unlearn_trainer import UnlearnTrainer
 
@@ -61,6 +62,11 @@ def unlearn(
     method, regularizer = make(options)
     refuse_launchers()
     chosen = split or choose_split(options)
+    if options.stop_margin and not all_have_options(chosen.forget):
+        raise ValueError(
+            f"stop_margin={options.stop_margin} with forget facts that have no options, and so no margin; leave "
+            "--stop-margin out: they leave the loss at the run's threshold"
+        )
     config = _config(options, regularizer)
     with Run.claim(run_dir, config, resume) as run:
         set_seed(options.seed)
@@ -172,6 +178,7 @@ def _train(
         weight_decay=options.weight_decay,
         report_to=options.report_to,
     )
+    stopped = StoppedFacts(options.stop_margin) if options.stop_facts or method.stops_facts else None
     checkpoint, done = run.rewind()
     last = run.last_metrics()
     with job(f"unlearn ({options.method})", options.max_steps) as bar:
@@ -185,7 +192,8 @@ def _train(
 
         def evaluate(model: PreTrainedModel) -> dict[str, float]:
             forget = protocol.score(model, split.forget)
-            method.observe(forget.score, threshold)
+            if stopped is not None:
+                stopped.observe(forget, threshold)
             return named_means(forget, "forget") | named_means(protocol.score(model, watched), "retain")
 
         def stop(scores: dict) -> bool:
@@ -194,6 +202,7 @@ def _train(
         trainer = UnlearnTrainer(
             model, arguments, schedule, protocol.prompts, StepRecord(write, evaluate, options.evaluate_every, stop),
             handle=handle, method=method, regularizer=regularizer, options=_optimizer_options(options, run),
+            stopped=stopped,
         )  # fmt: skip
         if checkpoint:
             trainer.load_states(checkpoint)

@@ -25,33 +25,44 @@ class Batch:
     Attributes:
         input_ids, attention_mask, labels: int64 `[B, S]`; labels are -100 on prompts and padding.
         forget: bool `[B]`, the samples to forget.
+        stopped: bool `[B]`, those of them that are forgotten and so left the loss; `kept` is the batch without them.
         companion: bool `[B]`, samples that a method adds to the forget samples (DPO's preferred answers).
         ids: int64 `[B]`, the place of each sample in its set; of a companion, that of its forget sample.
-        forget_tokens, retain_tokens: answer tokens of each set in the whole step, divided by its micro-batches.
+        forget_tokens, retain_tokens: answer tokens of each set in the whole step, divided by its micro-batches; those
+            of stopped samples do not count.
+        forget_samples: as many forget samples as are not stopped in the whole step, divided by its micro-batches.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     forget: Tensor
+    stopped: Tensor
     companion: Tensor
     ids: Tensor
     forget_tokens: float
     retain_tokens: float
+    forget_samples: float
 
     @property
     def retain(self) -> Tensor:
         """bool `[B]`, the samples to keep."""
         return ~self.forget & ~self.companion
 
-    def without(self, dropped: Sequence[int]) -> Batch:
-        """The batch without the forget samples of these ids, and without their companions."""
-        leaves = ~self.retain & torch.isin(self.ids, torch.tensor(list(dropped), device=self.ids.device))
-        return self.only(~leaves) if bool(leaves.any()) else self
+    @property
+    def kept(self) -> Batch:
+        """The batch that the loss is of."""
+        return self.only(~self.stopped) if bool(self.stopped.any()) else self
+
+    @property
+    def forget_weight(self) -> float:
+        """What makes a mean over these forget samples the micro-batch's part of the mean over the step's."""
+        number = int(self.forget.sum())
+        return number / self.forget_samples if number else 0.0
 
     def only(self, chosen: Tensor) -> Batch:
         """The batch of these samples alone; `chosen` is bool `[B]`."""
-        rows = ("input_ids", "attention_mask", "labels", "forget", "companion", "ids")
+        rows = ("input_ids", "attention_mask", "labels", "forget", "stopped", "companion", "ids")
         return replace(self, **{name: getattr(self, name)[chosen] for name in rows})
 
 
@@ -108,6 +119,7 @@ class Method(ABC):
     color: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    stops_facts: ClassVar[bool] = False  # whether forgotten facts leave the loss without --stop-facts too
 
     @dataclass(frozen=True)
     class Options:
@@ -147,25 +159,16 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> Loss:
-        """The loss of a micro-batch, with its graph."""
+        """The loss of a micro-batch without stopped samples (`Batch.kept`), with its graph.
+
+        It may lack forget or retain samples: the term of these is left out.
+        """
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits `[B, S, V]`."""
         return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
 
     # What a run asks between steps.
-
-    def observe(self, scores: Tensor, threshold: float) -> None:
-        """Take note of the forget facts' scores, float32 `[facts]`, whenever the run evaluates.
-
-        Args:
-            threshold: the run stops when their mean is at or below it.
-        """
-
-    @property
-    def dropped(self) -> Sequence[int]:
-        """Ids of forget samples that leave the batches from now on."""
-        return ()
 
     @property
     def finished(self) -> bool:
@@ -185,7 +188,17 @@ class LikelihoodMethod(Method):
 
     @abstractmethod
     def objective(self, batch: Batch) -> Objective:
-        """(log_probs `[B]`, answer lengths `[B]`, forget `[B]`) -> scalar; see `ssiuu_kernels`' unlearning_loss."""
+        """(log_probs `[B]`, answer lengths `[B]`, forget `[B]`) -> scalar; see `ssiuu_kernels`' unlearning_loss.
+
+        Args:
+            batch: without stopped samples.
+        """
+
+    def objective_of_kept(self, batch: Batch) -> Objective:
+        """The objective as a function of all the batch's samples, of which the stopped ones do not count."""
+        kept = ~batch.stopped
+        objective = self.objective(batch.kept)
+        return lambda log_probs, lengths, forget: objective(log_probs[kept], lengths[kept], forget[kept])
 
     def loss(self, batch: Batch) -> Loss:
         """The objective of this batch."""
@@ -196,16 +209,16 @@ class LikelihoodMethod(Method):
 
 def over_the_step(objective: Objective, batch: Batch) -> Objective:
     """`objective`, whose means over tokens are over the tokens of the whole step instead of the micro-batch's."""
-    return retain_over_the_step(_of_tokens(objective, batch.forget, batch.forget_tokens), batch)
+    of_forget = _of_tokens(objective, batch.forget, batch.forget_tokens)
+    return _of_tokens(of_forget, batch.retain, batch.retain_tokens)
 
 
-def retain_over_the_step(objective: Objective, batch: Batch) -> Objective:
-    """As `over_the_step`, for the retain samples alone; the lengths of the others stay true.
-
-    For objectives that take a mean over forget samples: every micro-batch has the same number of them, so the mean over
-    the step is the mean over the micro-batches.
-    """
-    return _of_tokens(objective, batch.retain, batch.retain_tokens)
+def samples_over_the_step(objective: Objective, batch: Batch) -> Objective:
+    """As `over_the_step`, for objectives whose forget term is a mean over samples; their lengths stay true."""
+    weight = batch.forget_weight or 1.0  # without forget samples there is the retain term alone
+    # The retain term is the smaller by the weight by which both are then multiplied.
+    compute = _of_tokens(objective, batch.retain, batch.retain_tokens * weight)
+    return lambda log_probs, lengths, forget: weight * compute(log_probs, lengths, forget)
 
 
 def _of_tokens(objective: Objective, chosen: Tensor, tokens: float) -> Objective:

@@ -131,7 +131,8 @@ class EraseAtCore(Method):
         if bool(batch.retain.any()):
             value = value + self._retain_loss(states, logits, batch)
         if bool(batch.forget.any()):
-            value = value + self.options.eac_forget_weight * self._contrast(states, batch)
+            weight = self.options.eac_forget_weight * batch.forget_weight
+            value = value + weight * self._contrast(states, batch)
         return Loss(value, logits)
 
     def _retain_loss(self, states: Sequence[Tensor], logits: Tensor, batch: Batch) -> Tensor:

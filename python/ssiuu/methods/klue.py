@@ -65,8 +65,8 @@ class Klue(GradientDifference):
     questions q' to each, and `I(q, a) = max over tokens of h dP(a|q)/dh`. It is computed once, before unlearning. The
     neurons with the highest scores of all layers train: their rows of gate and up, the biases of these, and their
     columns of down.
-    A forget fact whose own score is at or below the run's threshold (with options: it is answered wrongly) leaves the
-    batches, and comes back when it is answered again. Yang et al. 2025, arXiv 2502.19207, as SSIUU's paper uses it.
+    A forget fact that is answered wrongly leaves the loss, and comes back when it is answered again (`StoppedFacts`).
+    Yang et al. 2025, arXiv 2502.19207, as SSIUU's paper uses it.
     """
 
     name, label, color = "klue", "KLUE", "#999933"
@@ -75,6 +75,7 @@ class Klue(GradientDifference):
         "the paper (KLUE, Yang et al. 2025); ours: the exact score, ranking over all layers together, other questions "
         "from forget and retain facts with another answer, forgotten facts that come back when they are answered again"
     )
+    stops_facts = True
 
     @dataclass(frozen=True)
     class Options:
@@ -91,7 +92,6 @@ class Klue(GradientDifference):
 
     def __init__(self, options: Any):
         super().__init__(options)
-        self._forgotten: list[int] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def check(self, run: UnlearnOptions) -> None:
@@ -180,20 +180,6 @@ class Klue(GradientDifference):
         chosen = torch.zeros_like(every, dtype=torch.bool)
         chosen[every.argsort(descending=True, stable=True)[:number]] = True
         return dict(zip(scores, chosen.split([len(part) for part in scores.values()]), strict=True))
-
-    def observe(self, scores: Tensor, threshold: float) -> None:
-        # A threshold below 0 lets a run go on after everything is forgotten; what is forgotten is known all the same.
-        self._forgotten = (scores <= max(threshold, 0.0)).nonzero().flatten().tolist()
-
-    @property
-    def dropped(self) -> Sequence[int]:
-        return self._forgotten
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"forgotten": self._forgotten}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._forgotten = state["forgotten"]
 
 
 def _batches(values: Sequence) -> list[Sequence]:

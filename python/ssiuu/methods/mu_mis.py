@@ -94,7 +94,7 @@ class MuMis(Method):
             return Loss(0.0 * sum(param.sum() for param in self.parameters(self.model)), None)
         answer, other = self.sensitivities(batch)
         self._note(batch.ids, other)
-        return Loss((answer - other).mean(), None)
+        return Loss(batch.forget_weight * (answer - other).mean(), None)
 
     def sensitivities(self, batch: Batch) -> Sensitivities:
         """Of every sample of the batch, with their graph; other tokens are drawn again with every call.

@@ -21,7 +21,7 @@ from ssiuu_kernels.loss.objectives import (
 
 from ..data.prompts import Encoded
 from ..options import UnlearnOptions
-from .base import Batch, LikelihoodMethod, UnlearnData, retain_over_the_step
+from .base import Batch, LikelihoodMethod, UnlearnData, samples_over_the_step
 from .reference import Reference
 from .registry import register_method
 
@@ -68,7 +68,7 @@ class NegativePreference(ReferencedMethod):
     def objective(self, batch: Batch) -> Objective:
         reference = self.reference.log_probs(batch)
         npo = partial(negative_preference, reference_log_probs=reference, beta=self.options.beta)
-        return retain_over_the_step(npo, batch)
+        return samples_over_the_step(npo, batch)
 
 
 @register_method
@@ -112,7 +112,7 @@ class DirectPreference(ReferencedMethod):
     def objective(self, batch: Batch) -> Objective:
         reference = self.reference.log_probs(batch)
         dpo = partial(direct_preference, reference_log_probs=reference, beta=self.options.beta)
-        return retain_over_the_step(dpo, batch)
+        return samples_over_the_step(dpo, batch)
 
 
 @register_method
@@ -149,4 +149,4 @@ class SimpleNegativePreference(LikelihoodMethod):
 
     def objective(self, batch: Batch) -> Objective:
         simnpo = partial(simple_negative_preference, beta=self.options.beta, gamma=self.options.gamma)
-        return retain_over_the_step(simnpo, batch)
+        return samples_over_the_step(simnpo, batch)

@@ -112,7 +112,7 @@ class Rmu(Method):
         forget, retain = (
             _of_samples(states[0][chosen], batch.attention_mask[chosen]) for chosen in (batch.forget, batch.retain)
         )
-        steered = _mean_squared_error(forget, [self.target] * len(forget))
+        steered = batch.forget_weight * _mean_squared_error(forget, [self.target] * len(forget))
         return Loss(steered + self.options.rmu_alpha * _mean_squared_error(retain, before), logits)
 
     def _before(self, batch: Batch) -> list[Tensor]:

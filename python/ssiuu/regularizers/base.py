@@ -62,8 +62,8 @@ class Regularizer(ABC):
         self.model, self.handle, self.method, self.data = model, handle, method, data
 
     def loss(self, batch: Batch) -> Tensor:
-        """The loss of a micro-batch, 0-dim, with its graph."""
-        return self.method.loss(batch).value
+        """The loss of a micro-batch, 0-dim, with its graph; stopped samples are not part of the method's."""
+        return self.method.loss(batch.kept).value
 
     def forward_backward(self, run: Callable[[], Tensor]) -> Tensor:
         """Add a micro-batch's gradients to `grad`.

@@ -40,7 +40,12 @@ def forget_per_step(run: UnlearnOptions, facts: int) -> int:
 
 @register_regularizer
 class Ssiuu(Regularizer):
-    """`J = L + lambda R_t` on every trainable scalar of a model; L is any method's loss."""
+    """`J = L + lambda R_t` on every trainable scalar of a model; L is any method's loss.
+
+    A fact that left the loss (`StoppedFacts`) stays in the penalty: `R_t` compares `A_t = phi sum_b dP_b/dphi` with
+    `A_{t-1}`, and sums over different facts would differ by the facts that came and went, whatever the parameters do.
+    So what a step compares is what it would compare without per-fact stopping, and a forgotten fact is still watched.
+    """
 
     name, label, color = "ssiuu", "SSIUU", "#0072b2"
     summary = "penalty on growing negative attribution of parameters"
@@ -84,36 +89,35 @@ class Ssiuu(Regularizer):
         super().setup(model, handle, method, data)
         self._seen: list[int] = []  # forget facts of the step so far
         self._original: OriginalAttributions | None = None
-        if self.options.anchor == ORIGINAL and (why := self._facts_vary()):
+        number = forget_per_step(self.run, len(data.forget))
+        if self.options.anchor == ORIGINAL and number % len(data.forget):  # steps sum A over different facts
             size = OriginalAttributions.size(model, data)
             if size > ORIGINAL_BYTES:
                 raise ValueError(
                     f"anchor='original' would keep {size / 2**30:.1f} GiB on the CPU, the attributions of each of the "
-                    f"{len(data.forget)} forget facts, since {why}; expected at most {ORIGINAL_BYTES / 2**30:g} GiB "
+                    f"{len(data.forget)} forget facts, since a step sees {number} forget samples (--forget-batch 0 "
+                    f"--accumulate 1 would see every fact); expected at most {ORIGINAL_BYTES / 2**30:g} GiB "
                     "(ORIGINAL_BYTES): use --anchor previous, or fewer facts"
                 )
             self._original = OriginalAttributions(model, data, self.options.target)
-
-    def _facts_vary(self) -> str | None:
-        """Why steps sum A over different facts; None where all steps see the same ones."""
-        facts, number = len(self.data.forget), forget_per_step(self.run, len(self.data.forget))
-        if number % facts:
-            return f"a step sees {number} forget samples (--forget-batch 0 --accumulate 1 would see every fact)"
-        if type(self.method).dropped is not Method.dropped:
-            return f"method {self.method.name!r} drops facts"
-        return None
 
     def loss(self, batch: Batch) -> Tensor:
         self._set_anchor(batch)
         target = self.options.target
         if isinstance(self.method, LikelihoodMethod):
-            logits, objective = self.method.forward(batch), self.method.objective(batch)
+            logits, objective = self.method.forward(batch), self.method.objective_of_kept(batch)
             return self.handle.unlearning_loss(logits, batch.labels, batch.forget, objective, target)
-        value, logits = self.method.loss(batch)
+        value, logits = self.method.loss(batch.kept)
         if logits is None:
-            batch = batch.only(batch.forget) if bool(batch.forget.any()) else batch
-            logits = self.method.forward(batch)
-        return value + self.handle.target_term(logits, batch.labels, batch.forget, target)
+            parts = [batch.only(batch.forget) if bool(batch.forget.any()) else batch]
+            forwards = [self.method.forward(parts[0])]
+        else:
+            parts, forwards = [batch.kept], [logits]
+            if bool(batch.stopped.any()):
+                parts.append(batch.only(batch.stopped))
+                forwards.append(self.method.forward(parts[1]))
+        forget = torch.cat([part.forget for part in parts])
+        return value + self.handle.target_term(forwards, [part.labels for part in parts], forget, target)
 
     def _set_anchor(self, batch: Batch) -> None:
         """Give the optimizer A of the original model over the step's facts so far.

@@ -28,6 +28,9 @@ class SsiuuNeuron(Regularizer):
     backward of the loss adds the penalty's gradient to `grad`, and plain AdamW follows; so the gradient norm that is
     logged is that of J.
 
+    A fact that left the loss (`StoppedFacts`) has no gradient to be measured by. Back again, it is compared with the
+    value that it left with.
+
     The last values are float32 `[forget facts, neurons]` for each MLP, beside the model.
     """
 
@@ -80,6 +83,7 @@ class SsiuuNeuron(Regularizer):
         self._penalty = self._last_penalty = 0.0
 
     def loss(self, batch: Batch) -> Tensor:
+        batch = batch.kept
         objective = self.method.objective(batch)
         return self.handle.unlearning_loss(
             self.method.forward(batch), batch.labels, batch.forget, objective, self.options.target, sample_ids=batch.ids

@@ -74,19 +74,23 @@ class Schedule(Dataset):
                     batch.ids.extend(ids)
         return batch
 
-    def tokens(self, batches: range, forget: bool | None = None, dropped: Collection[int] = ()) -> int:
-        """Answer tokens in these micro-batches, companions left out.
+    def samples(self, batches: range, forget: bool | None = None, stopped: Collection[int] = ()) -> list[Encoded]:
+        """The samples of these micro-batches, companions left out.
 
         Args:
-            forget: of the forget samples, of the others, or (None) of all.
-            dropped: ids of forget samples that do not count.
+            forget: the forget samples, the others, or (None) all.
+            stopped: ids of forget samples that do not count.
         """
-        return sum(
-            len(sample.answer)
+        return [
+            sample
             for batch in map(self.__getitem__, batches)
             for sample, forgotten, companion, place in zip(*batch, strict=True)
-            if (forget is None or forgotten == forget) and not companion and not (forgotten and place in dropped)
-        )
+            if (forget is None or forgotten == forget) and not companion and not (forgotten and place in stopped)
+        ]
+
+    def tokens(self, batches: range, forget: bool | None = None, stopped: Collection[int] = ()) -> int:
+        """Answer tokens of `samples`."""
+        return sum(len(sample.answer) for sample in self.samples(batches, forget, stopped))
 
 
 def _order(size: int, length: int, seed: int) -> list[int]:

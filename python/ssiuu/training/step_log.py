@@ -31,7 +31,8 @@ class StepRecord(NamedTuple):
         write: receives the line of every step: "step", "seconds" (evaluation left out), "tokens_per_second" (of all
             micro-batches, padding left out), "peak_memory_bytes" (`peak_memory`), "loss", "loss_grad_norm"; of
             unlearning also "engine" (which made the gradients: one-backward, two-backward, or plain without a
-            penalty), and what its regularizer measures ("penalty", "penalty_grad_norm", "share" and "lambda").
+            penalty), "facts_in_loss" (forget samples of the step, where facts can leave), and what its regularizer
+            measures ("penalty", "penalty_grad_norm", "share" and "lambda").
         evaluate: returns scores of the model as it is; called every `evaluate_every` steps, and merged into the line.
         evaluate_every: in optimizer steps.
         stop: whether these scores end the run.

@@ -143,14 +143,19 @@ class RecordedTrainer(Trainer):
         loss = output.loss * (tokens / self.mean_tokens())
         return (loss, output) if return_outputs else loss
 
-    def mean_tokens(self, forget: bool | None = None, dropped: Collection[int] = ()) -> float:
-        """Answer tokens of these samples (see `Schedule.tokens`) in the present step, per micro-batch.
+    def step_batches(self) -> range:
+        """The micro-batches of the present step, by their place in the schedule."""
+        number = self.args.gradient_accumulation_steps
+        first = self.state.global_step * number
+        return range(first, first + number)
+
+    def mean_tokens(self, forget: bool | None = None, stopped: Collection[int] = ()) -> float:
+        """Answer tokens of these samples (see `Schedule.samples`) in the present step, per micro-batch.
 
         A mean over a micro-batch would give the tokens of a short one more weight than those of a long one.
         """
-        number = self.args.gradient_accumulation_steps
-        first = self.state.global_step * number
-        return self.train_dataset.tokens(range(first, first + number), forget, dropped) / number
+        batches = self.step_batches()
+        return self.train_dataset.tokens(batches, forget, stopped) / len(batches)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = self.forward_backward(model, inputs, num_items_in_batch)

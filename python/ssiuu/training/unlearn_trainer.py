@@ -14,12 +14,13 @@ from ssiuu_kernels import ENGINES
 from ..methods.base import Batch, LikelihoodMethod, Method
 from ..optimizers import OptimizerOptions, check_update_in_backward, say_rounding
 from ..regularizers.base import Regularizer
+from .stopped_facts import StoppedFacts
 from .trainer import RecordedTrainer
 
 logger = logging.getLogger(__name__)
 
 ONE_BACKWARD, TWO_BACKWARD = ENGINES[:2]
-STATE = "unlearning.pt"  # in a checkpoint: the state of the method and of the regularizer
+STATE = "unlearning.pt"  # in a checkpoint: the state of the method and of the regularizer, and the facts that left
 
 
 class UnlearnTrainer(RecordedTrainer):
@@ -30,6 +31,7 @@ class UnlearnTrainer(RecordedTrainer):
         handle: of `ssiuu_kernels.patch(model, scope="all")`.
         method, regularizer: of this run.
         options: of the optimizer.
+        stopped: which forget facts have left the loss; None where none ever do.
 
     Raises:
         ValueError: an update in backward with several micro-batches per step, or clipping.
@@ -42,7 +44,9 @@ class UnlearnTrainer(RecordedTrainer):
         method: Method,
         regularizer: Regularizer,
         options: OptimizerOptions,
+        stopped: StoppedFacts | None = None,
     ):
+        self.stopped = stopped
         self.handle, self.method, self.regularizer, self.options = handle, method, regularizer, options
         # Another loss takes two with a penalty, whatever was asked for.
         self.expects_one_backward = handle.engine == ONE_BACKWARD and isinstance(method, LikelihoodMethod)
@@ -60,13 +64,19 @@ class UnlearnTrainer(RecordedTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The method's loss as the regularizer has it."""
-        dropped = frozenset(self.method.dropped)
+        stopped = self.stopped.ids if self.stopped else []
+        batches = self.step_batches()
+        self.facts_in_loss = len(self.train_dataset.samples(batches, True, stopped))
+        out = torch.isin(inputs["ids"], inputs["ids"].new_tensor(stopped))
         batch = Batch(
             **{name: inputs[name] for name in ("input_ids", "attention_mask", "labels", "forget", "companion", "ids")},
-            forget_tokens=self.mean_tokens(True, dropped),
+            stopped=inputs["forget"] & out,
+            forget_tokens=self.mean_tokens(True, stopped),
             retain_tokens=self.mean_tokens(False),
+            forget_samples=self.facts_in_loss / len(batches),
         )
-        loss = self.regularizer.loss(batch.without(dropped))
+        idle = batch.companion & out
+        loss = self.regularizer.loss(batch.only(~idle) if bool(idle.any()) else batch)
         self._warn_of_second_backward()
         return (loss, None) if return_outputs else loss
 
@@ -86,11 +96,14 @@ class UnlearnTrainer(RecordedTrainer):
 
     def optimizer_metrics(self) -> dict[str, float | str]:
         path = self.handle.path
-        return {**self.regularizer.metrics(), "engine": "plain" if path is None else path.engine}
+        facts = {} if self.stopped is None else {"facts_in_loss": self.facts_in_loss}
+        return {**self.regularizer.metrics(), **facts, "engine": "plain" if path is None else path.engine}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         state = {"method": self.method.state_dict(), "regularizer": self.regularizer.state_dict()}
+        if self.stopped is not None:
+            state["stopped"] = self.stopped.ids
         torch.save(state, Path(output_dir) / STATE)
 
     def load_states(self, checkpoint: Path) -> None:
@@ -100,3 +113,5 @@ class UnlearnTrainer(RecordedTrainer):
             state = torch.load(file, weights_only=True)
             self.method.load_state_dict(state["method"])
             self.regularizer.load_state_dict(state["regularizer"])
+            if self.stopped is not None:
+                self.stopped.ids = state["stopped"]

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ import transformers
 import ssiuu_kernels as sk
 from ssiuu.commands import unlearn as unlearn_module
 from ssiuu.commands.unlearn import unlearn
-from ssiuu.data.facts import Fact, Split
+from ssiuu.data.facts import Fact
 from ssiuu.data.prompts import PromptFormat
-from ssiuu.evaluation.likelihood import FactScores
-from ssiuu.evaluation.protocol import Protocol
 from ssiuu.methods.klue import Klue
 from ssiuu.models.load import load_model
 from ssiuu.options import UnlearnOptions
@@ -211,82 +208,22 @@ def mean_log_prob(model, samples):
     return total / sum(len(answer) for _, answer in samples)
 
 
-@pytest.mark.parametrize("dropped", [[], [1], [0, 1]], ids=["none", "one", "all"])
-def test_the_loss_is_gradient_difference_of_the_facts_that_are_left(data, dropped):
+@pytest.mark.parametrize("stopped", [[], [1], [0, 1]], ids=["none", "one", "all"])
+def test_the_loss_is_gradient_difference_of_the_facts_that_are_left(data, stopped):
     model, method = tiny_model(dtype=torch.float64), klue()
-    method.load_state_dict({"forgotten": dropped})
-    left = [i for i in (0, 1) if i not in dropped]
+    left = [i for i in (0, 1) if i not in stopped]
     forget = mean_log_prob(model, [data.forget_samples[i] for i in left]) if left else 0
     expected = forget - mean_log_prob(model, data.retain_samples)
-    batch = replace(batch_of(data, [0, 1], [0, 1]), forget_tokens=sum(len(data.forget_samples[i].answer) for i in left))
+    batch = batch_of(data, [0, 1], [0, 1], stopped=stopped)
     with sk.patch(model, scope="all") as handle:
         method.setup(model, handle, data)
-        loss = method.loss(batch.without(method.dropped)).value
+        loss = method.loss(batch.kept).value
     assert torch.allclose(loss, expected, rtol=1e-6)
 
 
-def test_micro_batches_count_by_the_tokens_that_are_left(options, tmp_path, monkeypatch, facts):
-    texts = ["rome", "rome oslo", "oslo lima rome", "lima oslo", "rome lima"] * 2
-    facts = [Fact(fact.question, text, ("yes",)) for fact, text in zip(facts, texts, strict=False)]
-    split = Split(facts[:4], facts[4:8], [])
-    monkeypatch.setattr(Klue, "dropped", [2])
-    found = []
-    for accumulate in (1, 2):
-        batches = dict.fromkeys(("forget_batch", "retain_batch"), 4 // accumulate)
-        steps = settings(options, max_steps=1, klue_questions=1, accumulate=accumulate, **batches)
-        found.append(lines(unlearn(steps, tmp_path / str(accumulate), split=split))[0])
-    whole, parts = found
-    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-    assert parts["loss_grad_norm"] == pytest.approx(whole["loss_grad_norm"], rel=1e-4)
-
-
-@pytest.mark.parametrize("regularizer", ["none", "ssiuu"])
-@pytest.mark.parametrize("engine", ["one-backward", "two-backward"])
-def test_a_run_goes_on_without_forget_facts(options, tmp_path, monkeypatch, regularizer, engine):
-    monkeypatch.setattr(Klue, "dropped", range(4))
-    options = settings(options, regularizer, max_steps=3, engine=engine, klue_questions=3)
-    found = lines(unlearn(options, tmp_path / "run"))
-    assert all(line["loss"] > 0 for line in found)  # the retain set's alone
-    assert [line.get("penalty", 0.0) for line in found] == [0.0] * 3
-
-
-SCORES = {
-    "with options": ([1.0, 0.0, 0.0, 1.0], 1 / 3, [1, 2]),
-    "free text": ([0.5, 0.1971, 0.2, 0.0], 0.1971, [1, 3]),
-    "without a stop": ([1.0, 0.0, 0.5, 1.0], -1.0, [1]),
-}
-
-
-@pytest.mark.parametrize(("scores", "threshold", "expected"), SCORES.values(), ids=SCORES)
-def test_facts_at_the_threshold_leave(scores, threshold, expected):
-    method = klue()
-    assert list(method.dropped) == []
-    method.observe(torch.tensor(scores), threshold)
-    assert list(method.dropped) == expected
-
-
-def test_a_fact_that_is_answered_again_comes_back():
-    method = klue()
-    method.observe(torch.tensor([0.0, 0.0, 1.0]), 1 / 3)
-    method.observe(torch.tensor([0.0, 1.0, 1.0]), 1 / 3)
-    assert list(method.dropped) == [0]
-
-
-def test_forgotten_facts_leave_the_batches(options, tmp_path, monkeypatch):
-    seen, loss = [], Klue.loss
-    monkeypatch.setattr(
-        Klue, "loss", lambda method, batch: seen.append(batch.ids[batch.forget].tolist()) or loss(method, batch)
-    )
-    monkeypatch.setattr(Protocol, "score", scripted([[1, 0, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]))
-    unlearn(settings(options, max_steps=3, evaluate_every=1, klue_questions=3), tmp_path / "run")
-    assert [sorted(ids) for ids in seen] == [[0, 1, 2, 3], [0, 2], [0, 1, 2]]
-
-
-def scripted(scores):
-    """`Protocol.score` whose scores between steps, of the forget and of the retain set in turn, are these."""
-    left = iter(torch.tensor(line).float() for line in scores for _ in range(2))
-    score = Protocol.score
-    return lambda *given, **bar: score(*given, **bar) if bar else FactScores(*[next(left)] * 3)
+def test_forgotten_facts_leave_the_loss_without_being_asked_to(options, tmp_path):
+    found = lines(unlearn(settings(options, max_steps=1, klue_questions=3), tmp_path / "run"))
+    assert found[0]["facts_in_loss"] == 4
 
 
 @pytest.mark.parametrize("regularizer", ["none", "ssiuu"])

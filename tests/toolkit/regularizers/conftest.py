@@ -32,7 +32,8 @@ class Setting(NamedTuple):
         chosen = torch.arange(len(samples)) < len(forget)
         return Batch(
             **self.data.prompts.collate(samples), forget=chosen, companion=torch.zeros_like(chosen),
-            ids=torch.tensor([*forget, *retain]), forget_tokens=tokens[0], retain_tokens=tokens[1],
+            stopped=torch.zeros_like(chosen), ids=torch.tensor([*forget, *retain]), forget_tokens=tokens[0],
+            retain_tokens=tokens[1], forget_samples=len((step or (forget,))[0]) / micro_batches,
         )  # fmt: skip
 
     def log_probs(self, batch: Batch) -> Tensor:

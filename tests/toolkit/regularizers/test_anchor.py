@@ -1,12 +1,13 @@
 """SSIUU with A of the original model as the anchor, over the facts that each step sees."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
 import ssiuu_kernels as sk
 from ssiuu.commands.unlearn import unlearn
-from ssiuu.methods.likelihood import GradientDifference
 from ssiuu.optimizers import OptimizerOptions
 from ssiuu.regularizers import ssiuu as ssiuu_module
 from tests.support.small_runs import assert_resumes_bit_for_bit, by, lines
@@ -104,25 +105,20 @@ def test_three_steps_are_those_of_the_formulas(setting, made, monkeypatch, steps
         assert (actual - expected).norm() < 1e-5 * (expected - begin).norm()
 
 
-class Dropping(GradientDifference):
-    """GD from which facts leave."""
-
-    dropped = (1,)
-
-
-def test_facts_that_leave_the_batches_leave_the_anchor(setting, made):
-    """Of a method that drops facts, although its steps begin with all of them."""
-    regularizer, _ = made("ssiuu", anchor="original")
-    method = Dropping(GradientDifference.Options())
-    expected = [p.detach() * g for p, g in zip(setting.model.parameters(), probability_gradients(setting, [0, 2]),
+@pytest.mark.parametrize("number", [3, 2], ids=["all facts", "some facts"])
+def test_facts_that_left_the_loss_stay_in_the_anchor(setting, made, number):
+    facts = list(range(number))
+    regularizer, method = made("ssiuu", run={"forget_batch": number}, anchor="original")
+    expected = [p.detach() * g for p, g in zip(setting.model.parameters(), probability_gradients(setting, facts),
                                                strict=True)]  # fmt: skip
+    batch = setting.batch(facts, [0])
     with sk.patch(setting.model, scope="all") as handle:
         method.setup(setting.model, handle, setting.data)
         regularizer.setup(setting.model, handle, method, setting.data)
         optimizer = regularizer.optimizer(setting.model.parameters(), RATE)
-        for dropped in ([], method.dropped):
+        for stopped in (batch.stopped, batch.forget & (batch.ids == 1)):
             optimizer.zero_grad()
-            regularizer.loss(setting.batch([0, 1, 2], [0]).without(dropped)).backward()
+            regularizer.loss(replace(batch, stopped=stopped)).backward()
             optimizer.step()
     for param, anchor in zip(setting.model.parameters(), expected, strict=True):
         assert torch.allclose(optimizer.state[param]["prev_attribution"], anchor, rtol=1e-9, atol=1e-15)
@@ -160,18 +156,14 @@ def test_attributions_of_all_facts_are_made_where_steps_see_some_alone(options, 
         unlearn(options.replace(anchor="original", max_steps=2, forget_batch=2), tmp_path / "some")
 
 
-@pytest.mark.parametrize(
-    ("method", "changes", "why"),
-    [
-        ("gd", {"forget_batch": 3}, r"a step sees 3 forget samples \(--forget-batch 0"),
-        ("klue", {"klue_questions": 1}, "method 'klue' drops facts"),
-    ],
-)
-def test_attributions_that_are_too_large_are_refused(options, tmp_path, monkeypatch, method, changes, why):
+def test_attributions_that_are_too_large_are_refused(options, tmp_path, monkeypatch):
     monkeypatch.setattr(ssiuu_module, "ORIGINAL_BYTES", 1000)
-    message = f"anchor='original' would keep .* each of the 4 forget facts, since {why}.*ORIGINAL_BYTES.*previous"
+    message = (
+        "anchor='original' would keep .* each of the 4 forget facts, since a step sees 3 forget samples "
+        r"\(--forget-batch 0 .*ORIGINAL_BYTES.*previous"
+    )
     with pytest.raises(ValueError, match=message):
-        unlearn(by(options, method, "ssiuu", anchor="original", **changes), tmp_path / "run")
+        unlearn(by(options, "gd", "ssiuu", anchor="original", forget_batch=3), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
