@@ -13,7 +13,6 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,23 +131,22 @@ def unlearn(*, options: UnlearnOptions, out: Path, resume: bool = False):
 
 @command
 def attack(run: Path, /, *, options: AttackOptions):
-    """Retrain an unlearned model a little, and see whether the facts come back. The run's model stays as it is.
+    """Train an unlearned model further, or round its weights, and see whether the facts come back. The run's model
+    stays as it is.
 
-    Example:
+    Examples:
       ssiuu attack runs/ssiuu --kind harmful --fraction 0.3 \\
         --learning-rate 1e-5 --steps 10
+      ssiuu attack runs/ssiuu --paper-grid
+      ssiuu attack runs/ssiuu --kind quantised
 
     Args:
         run: run folder that `ssiuu unlearn` wrote.
     """
-    from .attacks.grid import attack_grid
-    from .attacks.kinds import ATTACK_KINDS
+    from .attacks.grid import grid_of
     from .commands.attack import attack_run
 
-    shared = asdict(options)
-    kinds, seeds = shared.pop("kind") or ATTACK_KINDS, shared.pop("seed") or (0,)
-    grid = {"fractions": shared.pop("fraction"), "learning_rates": shared.pop("learning_rate")}
-    attack_run(run, attack_grid(kinds, seeds, **grid, **shared))
+    attack_run(run, grid_of(options))
     _print_summary([run])
 
 

@@ -207,16 +207,32 @@ class RetrainingOptions:
     """What all attacks of one grid share.
 
     Attributes:
+        pool: the facts that attacks are judged by: "wrong" are the forget facts that the unlearned model answers
+            wrongly (the paper's on FaithUn), "all" are all of them (the paper's on TOFU). None takes "wrong" for facts
+            with options, "all" without.
         steps: optimizer steps of each attack.
+        until_flat: end an attack when the score and the margin of its unseen facts have not risen for this many
+            evaluations (by more than 0.01, and 0.05 nats per token); `steps` are the most. None trains for all steps.
         batch_size: samples per step.
         instructions: data of the benign attack: "builtin", a .jsonl file or a datasets name (Alpaca's schema).
         evaluate_every: steps between evaluations.
+        tuning: "full" trains all parameters (the paper), "lora" low-rank adapters on linear layers (needs peft).
+        lora_rank: rank of the adapters.
+        lora_alpha: the adapters' products are scaled by lora_alpha / lora_rank.
+        lora_modules: names of the linear layers, such as q_proj; give it again for more. None takes all of them except
+            the output head.
     """
 
+    pool: str | None = None
     steps: int = 30
+    until_flat: int | None = None
     batch_size: int = 8
     instructions: str = BUILTIN
     evaluate_every: int = 5
+    tuning: str = "full"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_modules: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,16 +240,22 @@ class AttackOptions(RetrainingOptions):
     """Options of a grid of attacks: every kind, fraction, learning rate and seed.
 
     Attributes:
-        kind: "harmful" or "benign"; give it twice for both. None takes both.
-        fraction: p of harmful attacks; give it again for more. None takes the paper's, 0.1 and 0.3.
-        learning_rate: of AdamW; give it again for more. None takes the paper's three of each kind.
+        kind: "harmful", "benign" or "quantised" (weights rounded to 4 bits; needs bitsandbytes); give it again for
+            more. None takes harmful and benign.
+        fraction: p of harmful attacks, which train on floor(p n) of the pool's n facts; give it again for more. None
+            takes 0.3.
+        learning_rate: of AdamW; give it again for more. None takes the paper's three of each kind, ten times as large
+            for LoRA.
         seed: give it again for more. None takes 0.
+        paper_grid: the paper's whole grid instead: harmful at p = 0.1 and 0.3, and benign, each at three learning rates
+            with three seeds. 0.1 needs a pool of ten facts.
     """
 
     kind: list[str] | None = None
     fraction: list[float] | None = None
     learning_rate: list[float] | None = None
     seed: list[int] | None = None
+    paper_grid: bool = False
 
 
 @dataclass(frozen=True)

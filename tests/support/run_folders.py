@@ -72,15 +72,33 @@ def _write_attacks(path, strength):
                     "forget_probability": 0.02 + 0.3 * grown,
                     "forget_margin": 4 * grown - 3,
                 }
-                if kind == "harmful":
-                    values |= {"unseen_fs": 0.3 + 0.3 * grown, "unseen_probability": 0.02 + 0.2 * grown}
-                    values["unseen_margin"] = 4 * grown - 3
+                values |= {"unseen_fs": 0.5 * grown, "unseen_probability": 0.02 + 0.2 * grown}
+                values["unseen_margin"] = 4 * grown - 3
                 steps.append(values)
-            attack = {"kind": kind, "fraction": fraction, "learning_rate": rate, "seed": 0, "steps": steps,
-                      "max_fs": max(step["fs"] for step in steps), "seconds": 12.0}  # fmt: skip
-            if kind == "harmful":
-                attack["max_unseen_fs"] = max(step["unseen_fs"] for step in steps)
-            _write(path / f"{kind}-{fraction}-{rate}.json", attack)
+            _write(path / f"{kind}-{fraction}-{rate}.json", attack_result(kind, fraction, rate, steps=steps))
+
+
+def attack_result(kind="harmful", fraction=0.3, learning_rate=1e-5, seed=0, *, steps, **changes):
+    """What the file of an attack holds; its pool are eight of twelve facts, of which it trains on floor(8 p)."""
+    pool = [0, 1, 2, 4, 5, 7, 9, 11]
+    seen = pool[: int(8 * (fraction or 0))]
+    return {
+        "kind": kind,
+        "fraction": fraction,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "tuning": "full",
+        "options": {"steps": 30},
+        "pool": {"name": "wrong", "definition": "", "size": 8, "indices": pool, "of": 12},
+        "seen": seen,
+        "unseen": [i for i in pool if i not in seen],
+        "steps": steps,
+        "flat": None,
+        "max_fs": max(step["fs"] for step in steps),
+        "max_unseen_fs": max(step["unseen_fs"] for step in steps),
+        "seconds": 12.0,
+        **changes,
+    }
 
 
 def _write_diagnosis(path, strength, layers, width):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from ssiuu.arguments import Parser, fields_of, parameters_of
-from ssiuu.attacks.retraining import Attack
+from ssiuu.attacks.attack import Attack
 from ssiuu.cli import COMMANDS
 from ssiuu.methods.registry import methods
 from ssiuu.regularizers.registry import regularizers
@@ -256,7 +256,7 @@ def test_names_in_square_brackets(model_dir, facts_file, tmp_path):
             "--out",
             folder,
         ),
-        ("attack", folder, "--kind", "harmful", "--fraction", 0.3, "--learning-rate", 1e-3, "--steps", 1),
+        ("attack", folder, "--kind", "harmful", "--pool", "all", "--learning-rate", 1e-3, "--steps", 1),
         ("report", folder, folder, "--out", tmp_path / "[/red]report"),
     ]
     for step in steps:
@@ -273,7 +273,7 @@ def test_one_run_through_all_commands(model_dir, facts_file, tmp_path):
         ("unlearn", "--model", model_dir, "--facts", facts_file, "--forget-people", 2, "--retain-people", 3,
          "--shots", 0, "--max-steps", 3, "--learning-rate", 1e-3, "--penalty-share", 0.3,
          "--engine", "two-backward", "--update-in-backward", "--out", folder),
-        ("attack", folder, "--kind", "harmful", "--fraction", 0.3, "--learning-rate", 1e-3, "--steps", 2),
+        ("attack", folder, "--kind", "harmful", "--pool", "all", "--learning-rate", 1e-3, "--steps", 2),
         ("diagnose", folder),
         ("evaluate", folder),
         ("report", folder, "--out", tmp_path / "report"),

@@ -1,1 +1,1 @@
-"""Attacks on unlearned models: does a little further training bring the forgotten facts back?"""
+"""Attacks on unlearned models: does further training, or rounding the weights, bring the forgotten facts back?"""

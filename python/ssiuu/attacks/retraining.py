@@ -1,150 +1,70 @@
-"""The paper's retraining attacks: further training on some forget facts (harmful) or on instructions (benign)."""
+"""Attacks that train: on some facts of the pool (harmful) or on instructions (benign), all parameters or LoRA's."""
 
 from __future__ import annotations
 
-import math
-import random
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
 
 from transformers import PreTrainedModel
 
-from ..data.facts import Fact
 from ..data.instructions import load_instructions
 from ..data.prompts import Encoded, PromptFormat
-from ..evaluation.protocol import Protocol
-from ..evaluation.sets import named_means
-from ..options import RetrainingOptions, check_learning_rate
+from ..evaluation.likelihood import FactScores
 from ..progress import Job
 from ..training.step_log import StepRecord
 from ..training.supervised import train_on
-from .kinds import ATTACK_KINDS, get_kind
+from .attack import Attack
+from .attacked import Attacked, Course
+from .lora import add_lora
+from .plateau import is_flat
+from .pool import Pool
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Attack(RetrainingOptions):
-    """One attack.
-
-    Attributes:
-        kind: a name of `ATTACK_KINDS`: "harmful" trains on a fraction of the forget set, "benign" on instructions.
-        fraction: p of a harmful attack; None for a benign one.
-        learning_rate: of AdamW.
-        seed: of the choice of facts and of their order.
-    """
-
-    kind: str
-    fraction: float | None
-    learning_rate: float
-    seed: int = 0
-
-    @property
-    def on_forget_facts(self) -> bool:
-        """Whether it trains on a fraction of the forget facts."""
-        return get_kind(self.kind).on_forget_facts
-
-    def check(self) -> None:
-        """Raise a ValueError for options out of range."""
-        if self.on_forget_facts and not (self.fraction is not None and 0 < self.fraction < 1):
-            raise ValueError(
-                f"fraction={self.fraction}; expected the fraction of the forget set to train on, in (0, 1)"
-            )
-        for name in ("steps", "batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        check_learning_rate(self.learning_rate)
-
-    def check_data(self, forget: Sequence[Fact]) -> None:
-        """Raise a ValueError or FileNotFoundError for data that the attack cannot train on.
-
-        Args:
-            forget: the forget facts of the run.
-        """
-        if not self.on_forget_facts:
-            load_instructions(self.instructions)
-        elif len(forget) == 1:
-            others = " or ".join(f"--kind {kind.name}" for kind in ATTACK_KINDS.values() if not kind.on_forget_facts)
-            raise ValueError(f"the run has one forget fact, and a {self.kind} attack leaves some unseen; use {others}")
-        elif self._seen_count(forget) == len(forget):
-            raise ValueError(
-                f"fraction={self.fraction} of {len(forget)} forget facts is all of them; choose a smaller one"
-            )
-
-    def data(self, prompts: PromptFormat, forget: Sequence[Fact]) -> tuple[list[Encoded], list[int]]:
-        """What the attack trains on, and the indices of the forget facts that it leaves unseen (benign: none).
-
-        Args:
-            prompts: how facts become tokens.
-            forget: the forget facts of the run, which `check_data` accepts.
-        """
-        if not self.on_forget_facts:
-            return prompts.encode_texts(load_instructions(self.instructions)), []
-        chosen = set(random.Random(self.seed).sample(range(len(forget)), self._seen_count(forget)))
-        seen = [fact for i, fact in enumerate(forget) if i in chosen]
-        return prompts.encode_facts(seen), [i for i in range(len(forget)) if i not in chosen]
-
-    def _seen_count(self, forget: Sequence[Fact]) -> int:
-        return math.ceil(self.fraction * len(forget))
-
-    @property
-    def name(self) -> str:
-        """Of its file in the run folder."""
-        which = f"{self.kind}-p{self.fraction:g}" if self.on_forget_facts else self.kind
-        return f"{which}-lr{self.learning_rate:g}-seed{self.seed}"
-
-    @property
-    def options(self) -> dict:
-        """The options that `name` does not tell, as a result keeps them."""
-        return {
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "evaluate_every": self.evaluate_every,
-            "instructions": None if self.on_forget_facts else self.instructions,
-        }
-
-
-def retrain(model: PreTrainedModel, protocol: Protocol, forget: Sequence[Fact], attack: Attack, bar: Job) -> dict:
-    """Train an unlearned model further as `attack` says, and score its forget facts on the way; changes the model.
+def retrain(attacked: Attacked, attack: Attack, pool: Pool, before: FactScores, bar: Job) -> Course:
+    """Train the model further as `attack` says, and score the forget facts on the way.
 
     Args:
-        protocol: of the run.
-        forget: the forget facts of the run.
-        bar: moved on by one per step.
-
-    Returns:
-        kind, fraction, learning_rate, seed, options, steps (a list of scores, step 0 being before the attack), max_fs,
-        seconds, and for an attack with unseen facts max_unseen_fs.
+        before: scores of the forget facts before the attack.
+        bar: moved on by `attack.steps` in all.
 
     Raises:
+        ValueError: a fraction that gives no fact, or modules that the model lacks.
         DivergedError: a loss or gradient that is not finite.
     """
-    started = time.perf_counter()
-    samples, unseen = attack.data(protocol.prompts, forget)
+    course = Course(pool, pool.draw(attack.fraction, attack.seed) if attack.what.on_facts else [])
+    course.add(0, before)
+    model, protocol = attacked.load()
+    samples = _samples(attacked, attack, course.seen, protocol.prompts)
+    if attack.tuning == "lora":
+        add_lora(model, attack.lora_rank, attack.lora_alpha, attack.lora_modules, attack.seed)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
-        scores = protocol.score(model, forget)
-        return named_means(scores, "forget") | (named_means(scores.of(unseen), "unseen") if unseen else {})
-
-    steps = [{"step": 0, **evaluate(model)}]
+        return course.named(protocol.score(model, attacked.forget))
 
     def write(line: dict) -> None:
         bar.advance()
         if "fs" in line:
-            steps.append({name: line[name] for name in ("step", *steps[0]) if name in line})
-            bar.say(**{name: line[name] for name in ("fs", "forget_probability", "unseen_probability") if name in line})
+            course.steps.append({name: line[name] for name in ("step", *course.steps[0]) if name in line})
+            shown = ("unseen_fs", "unseen_margin", "unseen_probability", "forget_probability")
+            bar.say(**{name: line[name] for name in shown if name in line})
+
+    def stop(scores: dict[str, float]) -> bool:
+        return attack.until_flat is not None and is_flat([*course.steps, scores], attack.until_flat)
 
     train_on(
         model, protocol.prompts, samples, learning_rate=attack.learning_rate, steps=attack.steps,
-        batch_size=attack.batch_size, seed=attack.seed, record=StepRecord(write, evaluate, attack.evaluate_every),
+        batch_size=attack.batch_size, seed=attack.seed, record=StepRecord(write, evaluate, attack.evaluate_every, stop),
     )  # fmt: skip
-    result = {
-        "kind": attack.kind,
-        "fraction": attack.fraction,
-        "learning_rate": attack.learning_rate,
-        "seed": attack.seed,
-        "options": attack.options,
-        "steps": steps,
-        "max_fs": max(step["fs"] for step in steps),
-        "seconds": time.perf_counter() - started,
-    }
-    return result | ({"max_unseen_fs": max(step["unseen_fs"] for step in steps)} if unseen else {})
+    bar.advance(attack.steps - course.steps[-1]["step"])
+    if attack.until_flat is not None:
+        course.flat = is_flat(course.steps, attack.until_flat)
+        if not course.flat:
+            logger.warning("%s still rises after %d steps; use more --steps", attack.name, attack.steps)
+    return course
+
+
+def _samples(attacked: Attacked, attack: Attack, seen: list[int], prompts: PromptFormat) -> list[Encoded]:
+    if attack.what.on_facts:
+        return prompts.encode_facts([attacked.forget[i] for i in seen])
+    return prompts.encode_texts(load_instructions(attack.instructions))

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from rich.markup import escape
 
-from ..attacks.retraining import Attack
+from ..attacks.attack import Attack
 from ..data.facts import Fact, Split, by_subject, check_split, load_facts
 from ..data.sources import BUILTIN
 from ..evaluation.known import known_facts
@@ -44,9 +44,10 @@ OPTIONS = UnlearnOptions(
     evaluation_facts=6,
 )
 SETTINGS = {"gd": {}, "ssiuu": {"penalty_weight": 1e3, "penalty_share": 0.25, "target": "geometric_mean_prob"}}
+# Of nine facts too few may be answered wrongly to attack with some of them.
 ATTACKS = (
-    Attack("harmful", 0.3, 1e-5, steps=15, batch_size=4, evaluate_every=3),
-    Attack("benign", None, 1e-5, steps=15, batch_size=4, evaluate_every=5),
+    Attack("harmful", 0.3, 1e-5, pool="all", steps=15, batch_size=4, evaluate_every=3),
+    Attack("benign", None, 1e-5, pool="all", steps=15, batch_size=4, evaluate_every=5),
 )
 # In P(answer) itself, as in the paper, an unlearned model's attributions vanish with P; its logarithm keeps them.
 DIAGNOSIS = DiagnoseOptions(target="log_prob")

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .smollm2 import PACKAGED, packaged_model
 
@@ -39,6 +40,7 @@ def load_model(
     attn_implementation: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    quantization_config: QuantizationConfigMixin | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, on a GPU where there is one.
 
@@ -49,6 +51,7 @@ def load_model(
         attn_implementation: transformers' attention, such as "eager" or "sdpa".
         device_map: as transformers has it; all weights must come to be on the device that is used without one.
         trust_remote_code: run code that comes with the model; off unless asked for.
+        quantization_config: rounds the weights as they are read, such as transformers' BitsAndBytesConfig.
 
     Raises:
         ValueError: unknown dtype, a folder without a model, a revision of a local model, a checkpoint that does not fit
@@ -72,6 +75,7 @@ def load_model(
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            quantization_config=quantization_config,
             output_loading_info=True,
         )
     except ImportError as error:  # a package that this model or its tokenizer needs

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ..analysis.influence import KINDS, TOP
-from ..attacks.kinds import ATTACK_KINDS
+from ..attacks.kinds import AttackGroup, get_kind
 from ..runs.read import RunRecord
-from .groups import attack_groups, mean_curve
+from .groups import attack_groups, attacks_in, mean_curve
 from .style import FAINT, STYLE, from_zero, line_of, method_legend, new_figure, whole_numbers
 
 
@@ -34,17 +34,17 @@ def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:
 def overview(records: Sequence[RunRecord]) -> Figure | None:
     """One plot for a README: what unlearning did to neurons, and what further training brings back."""
     diagnosed = [record for record in records if record.diagnosis]
-    kinds = [kind for kind in ATTACK_KINDS if any(record.attacks_of(kind) for record in records)]
-    if not diagnosed and not kinds:
+    groups = _one_of_each_kind(records)
+    if not diagnosed and not groups:
         return None
-    widths = [1.25] * bool(diagnosed) + [1.0] * len(kinds)
+    widths = [1.25] * bool(diagnosed) + [1.0] * len(groups)
     figure, axes = new_figure(1, len(widths), (10, 3.7), width_ratios=widths)
     panels = iter(axes[0])
     if diagnosed:
         _influence_bars(next(panels), diagnosed)
     attacked = list(panels)
-    for ax, kind in zip(attacked, kinds, strict=True):
-        _recovery(ax, records, kind)
+    for ax, group in zip(attacked, groups, strict=True):
+        _recovery(ax, records, group)
     for ax in attacked[1:]:
         ax.sharey(attacked[0])
         ax.set_ylabel("")
@@ -69,26 +69,32 @@ def _influence_bars(ax: Axes, records: Sequence[RunRecord]) -> None:
     ax.grid(False, axis="y")
 
 
-def _recovery(ax: Axes, records: Sequence[RunRecord], kind: str) -> None:
+def _one_of_each_kind(records: Sequence[RunRecord]) -> list[AttackGroup]:
+    """Of each kind that trains, the group that most runs have; among equals the one with the largest fraction."""
+
+    def rank(group: AttackGroup) -> tuple:
+        return sum(bool(attacks_in(record, group)) for record in records), group.fraction or 0
+
+    groups = [group for group in attack_groups(records) if get_kind(group.kind).trains]
+    kinds = dict.fromkeys(group.kind for group in groups)
+    return [max((group for group in groups if group.kind == kind), key=rank) for kind in kinds]
+
+
+def _recovery(ax: Axes, records: Sequence[RunRecord], group: AttackGroup) -> None:
     # The margin first: it still moves where probabilities of 1e-5 and of 1e-7 look the same.
-    name = _first_logged(records, kind, "unseen_margin", "forget_margin", "unseen_probability", "forget_probability")
-    margin = name.endswith("margin")
+    steps = [step for record in records for attack in attacks_in(record, group) for step in attack["steps"]]
+    margin = any("unseen_margin" in step for step in steps)  # free text has none
     for record in records:
-        ax.plot(*mean_curve(record.attacks_of(kind), name), **line_of(record))
+        curve = mean_curve(attacks_in(record, group), "unseen_margin" if margin else "unseen_probability")
+        ax.plot(*curve, **line_of(record))
     _mark_before(ax, records, "forget_margin" if margin else "forget_probability")
-    ax.set_title(f"Recovery, {kind} attack")
-    ax.set_xlabel("attack step (unseen facts)" if name.startswith("unseen") else "attack step")
+    ax.set_title(f"Recovery, {group.title}")
+    ax.set_xlabel("attack step (unseen facts)")
     ax.set_ylabel("margin of the forgotten answer" if margin else "mean P(forgotten answer)")
     if margin:
         ax.axhline(0, color=FAINT, linewidth=1.2)  # above, the model chooses the forgotten answer again
     else:
         from_zero(ax)
-
-
-def _first_logged(records: Sequence[RunRecord], kind: str, *names: str) -> str:
-    """The first of these that attacks of this kind log: some have no unseen facts, and free text has no margin."""
-    steps = [step for record in records for attack in record.attacks_of(kind) for step in attack["steps"]]
-    return next((name for name in names if any(name in step for step in steps)), names[-1])
 
 
 def _mark_before(ax: Axes, records: Sequence[RunRecord], name: str) -> None:
@@ -168,25 +174,24 @@ def _kinds(record: RunRecord) -> list[str]:
 
 
 def attack_curves(records: Sequence[RunRecord]) -> Figure | None:
-    """FS and answer probability during attacks: each attack thin, the mean of a run's attacks of one group thick."""
-    groups = attack_groups(records)
+    """FS and answer probability of unseen facts: each attack thin, the mean of a run's attacks of one group thick."""
+    groups = [group for group in attack_groups(records) if get_kind(group.kind).trains]
     if not groups:
         return None
     figure, axes = new_figure(2, len(groups), (10, 5.6), sharex="col", sharey="row")
-    for column, ((kind, fraction), title) in zip(axes.T, groups.items(), strict=True):
-        shown = _first_logged(records, kind, "unseen_probability", "forget_probability")
-        for ax, name, before in zip(column, ("fs", shown), ("fs", "forget_probability"), strict=True):
+    for column, group in zip(axes.T, groups, strict=True):
+        for ax, name, before in zip(column, ("fs", "probability"), ("fs", "forget_probability"), strict=True):
             for record in records:
-                attacks = record.attacks_of(kind, fraction)
+                attacks = attacks_in(record, group)
+                style = line_of(record)
                 for attack in attacks if len(attacks) > 1 else ():
-                    ax.plot(*mean_curve([attack], name), **line_of(record) | {"linewidth": 0.8, "alpha": 0.4})
-                ax.plot(*mean_curve(attacks, name), **line_of(record))
+                    ax.plot(*mean_curve([attack], f"unseen_{name}"), **style | {"linewidth": 0.8, "alpha": 0.4})
+                ax.plot(*mean_curve(attacks, f"unseen_{name}"), **style)
             _mark_before(ax, records, before)
             from_zero(ax)
-        column[0].set_title(f"{title} attack")
-        column[1].set_title("unseen facts" if shown == "unseen_probability" else "all forget facts")
+        column[0].set_title(group.title)
         column[1].set_xlabel("attack step")
-    axes[0, 0].set_ylabel("FS (all forget facts)")
+    axes[0, 0].set_ylabel("FS (unseen facts)")
     axes[1, 0].set_ylabel("mean P(forgotten answer)")
     method_legend(figure, records)
     return figure

@@ -11,7 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import ssiuu_kernels as sk
 
+from ..attacks.earlier import DEFINITION, WHOLE
 from ..attacks.kinds import ATTACK_KINDS
+from ..attacks.pool import POOLS
 from ..runs.locks import locked
 from ..runs.read import RunRecord, read_runs
 from . import figures as plots
@@ -38,8 +40,12 @@ METRICS = {
     "by generation": "The same when the prompt lists the options and the model writes its choice.",
     "margin": "Mean lead of the true answer over the best false option, in log-likelihood. Below 0, it loses.",
     **{f"{kind.name} attack": kind.summary for kind in ATTACK_KINDS.values()},
-    "highest value": "The highest value during an attack, as the paper reports it, averaged over the learning rates "
-    "and seeds that were run.",
+    "pool: (wrong), (all)": "The pool of an attack, the facts that it is judged by: "
+    + "; ".join(f"{name} are {meaning}" for name, meaning in {**POOLS, WHOLE: DEFINITION}.items())
+    + ".",
+    "highest value": "The highest value over the steps and the learning rates of an attack, as the paper reports it: "
+    "the mean over the seeds, ± their standard deviation. Seeds that lack a learning rate are left out. Beside it: how "
+    "many seeds, learning rates and facts it rests on.",
     "D+": "Positive influence removed, summed over 100 neurons: knowledge erased.",
     "D-": "Negative influence added, summed over 100 neurons: neurons grown to push the answer down, so that it is "
     "hidden rather than erased.",
@@ -112,7 +118,7 @@ def as_json(records: Sequence[RunRecord]) -> dict:
                 "steps": record.steps,
                 "seconds": record.seconds,
                 "evaluation": record.evaluation,
-                "attacks": {title: attack_summary(record, group) for group, title in groups.items()},
+                "attacks": {group.title: attack_summary(record, group) for group in groups},
                 "diagnosis": record.diagnosis,
             }
             for record in records

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
+from ..attacks.kinds import get_kind
 from ..runs.read import RunRecord, read_runs
 from .groups import attack_groups, attack_summary
 
@@ -27,13 +28,13 @@ SCORES = (
     ("margin, retain", "retain_margin", ".2f"),
     ("margin, other people", "test_retain_margin", ".2f"),
 )
+# Name in the table, key of `attack_summary` after max_ and sd_, format.
 ATTACK_SCORES = (
-    ("FS", "max_fs", ".2f"),
-    ("FS, unseen facts", "max_unseen_fs", ".2f"),
-    ("P(answer), forget", "max_forget_probability", ".3f"),
-    ("P(answer), unseen facts", "max_unseen_probability", ".3f"),
+    ("FS", "unseen_fs", ".2f"),
+    ("P(answer)", "unseen_probability", ".3f"),
+    ("margin", "unseen_margin", ".2f"),
 )
-ALWAYS_SHOWN = ("fs", "rs", "max_fs")  # the others where a run has them
+ALWAYS_SHOWN = ("fs", "rs", "unseen_fs")  # the others where a run has them
 
 
 class Row(NamedTuple):
@@ -103,14 +104,35 @@ def _before_and_after(records: Sequence[RunRecord]) -> list[Row]:
 
 
 def _attacks(records: Sequence[RunRecord]) -> list[Row]:
-    rows = []
-    for group, title in attack_groups(records).items() or [(("any", None), "any")]:
+    rows = {}
+    for group in attack_groups(records):
         found = [attack_summary(record, group) for record in records]
         for name, key, digits in ATTACK_SCORES:
-            if key in ALWAYS_SHOWN or any(key in summary for summary in found):
-                cells = [_or_not_run(summary.get(key), digits) for summary in found]
-                rows.append(Row("Attacks, highest value", f"{title}: {name}", cells))
-    return rows
+            if key in ALWAYS_SHOWN or any(f"max_{key}" in summary for summary in found):
+                rows[f"{group.title}: {name}"] = [_mean_and_spread(summary, key, digits) for summary in found]
+        if get_kind(group.kind).trains:
+            rows[f"{group.title}: steps"] = [_steps(summary) for summary in found]
+        counted = ("seeds", "rates", "facts") if get_kind(group.kind).trains else ("facts",)
+        rows[f"{group.title}: {', '.join(counted)}"] = [_counts(summary, *counted) for summary in found]
+    rows = rows or {"any: FS": [NOT_RUN] * len(records)}
+    return [Row("Attacks, highest value", name, cells) for name, cells in rows.items()]
+
+
+def _mean_and_spread(summary: Mapping[str, Any], key: str, digits: str) -> str:
+    if f"max_{key}" not in summary:
+        return NOT_RUN
+    if summary[f"max_{key}"] is None:
+        return "incomplete"
+    mean, spread = _number(summary[f"max_{key}"], digits), summary.get(f"sd_{key}")
+    return mean if spread is None else f"{mean} ± {spread:{digits}}"
+
+
+def _steps(summary: Mapping[str, Any]) -> str:
+    return "–".join(map(str, dict.fromkeys(summary["steps"]))) if summary else NOT_RUN
+
+
+def _counts(summary: Mapping[str, Any], *names: str) -> str:
+    return ", ".join(str(summary[name]) for name in names) if summary else NOT_RUN
 
 
 def _influence(records: Sequence[RunRecord]) -> list[Row]:

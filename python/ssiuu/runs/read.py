@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ..analysis.influence import KINDS, Variation
+from ..attacks.earlier import with_pool
 from ..pairs import appearance
 from .folder import Run
 
@@ -27,7 +28,8 @@ class RunRecord:
         split: name of a set of facts (forget, retain, test) -> number of facts in it.
         metrics: the lines of metrics.jsonl, one per step.
         evaluation: evaluation.json, {"before": {...}, "after": {...}}; None where not run.
-        attacks: attacks/*.json, in the order of kind, fraction, learning rate and seed.
+        attacks: attacks/*.json, in the order of kind, fraction, learning rate and seed; those of earlier versions in
+            today's form.
         diagnosis: diagnosis.json; None where not run.
         variations: kind -> `Variation` of `[layers, width]`; None where not run.
         label: what tables and legends call the run: its method, and its folder where several share a method.
@@ -60,10 +62,6 @@ class RunRecord:
     def seconds(self) -> float | None:
         """Of all steps, evaluation left out; None where none was logged."""
         return sum(line["seconds"] for line in self.metrics) if self.metrics else None
-
-    def attacks_of(self, kind: str, *fraction: float | None) -> list[dict]:
-        """The attacks of a kind, of every fraction or of the one given."""
-        return [a for a in self.attacks if a["kind"] == kind and (not fraction or a["fraction"] == fraction[0])]
 
 
 def read_runs(run_dirs: Iterable[str | Path]) -> list[RunRecord]:
@@ -98,13 +96,14 @@ def _base(config: dict) -> str:
 
 def _read_run(path: Path) -> RunRecord:
     config = Run.open(path).read("config.json")
-    attacks = [_read_json(file) for file in (path / "attacks").glob("*.json")]
-    attacks.sort(key=lambda a: (a["kind"], a["fraction"] or 0, a["learning_rate"], a["seed"]))
+    split = {name: len(facts) for name, facts in (_read_json(path / "split.json") or {}).items()}
+    attacks = [with_pool(_read_json(file), split.get("forget", 0)) for file in (path / "attacks").glob("*.json")]
+    attacks.sort(key=lambda a: (a["kind"], a["fraction"] or 0, a["learning_rate"] or 0, a["seed"]))
     diagnosis = _read_json(path / "diagnosis.json")
     return RunRecord(
         path=path,
         config=config,
-        split={name: len(facts) for name, facts in (_read_json(path / "split.json") or {}).items()},
+        split=split,
         metrics=_read_metrics(path / "metrics.jsonl"),
         evaluation=_read_json(path / "evaluation.json"),
         attacks=attacks,

@@ -90,7 +90,11 @@ def survived(kind):
 
 
 OTHERS = {
-    "attack": (("--kind", "harmful", "--fraction", 0.3, "--learning-rate", 1e-3, "--steps", 1), "attacks/*.json", 1),
+    "attack": (
+        ("--kind", "harmful", "--pool", "all", "--learning-rate", 1e-3, "--steps", 1),
+        "attacks/*.json",
+        1,
+    ),
     "diagnose": ((), "diagnosis.*", 2),
     "evaluate": ((), "evaluation.json", 1),
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from ssiuu.attacks.retraining import Attack
+from ssiuu.attacks.attack import Attack
 from ssiuu.commands.attack import attack_run
 from ssiuu.commands.diagnose import diagnose_runs
 from ssiuu.commands.evaluate import evaluate_run
@@ -155,7 +155,7 @@ def test_a_model_with_code_of_its_own_goes_through_all_commands(options, model_d
         load_model(folder)
     taught = finetune(FinetuneOptions(facts=str(facts_file), steps=1, **common), tmp_path / "taught")
     run = unlearn(options.replace(max_steps=1, **{**common, "model": str(taught.model)}), tmp_path / "run")
-    assert len(attack_run(run.path, [Attack("harmful", 0.3, 1e-3, steps=1)])) == 1
+    assert len(attack_run(run.path, [Attack("harmful", 0.3, 1e-3, pool="all", steps=1)])) == 1
     assert evaluate_run(run.path)["after"]
     assert diagnose_runs([run.path])
 
@@ -219,15 +219,15 @@ def test_a_revision_reaches_the_hub(model_dir, monkeypatch):
 
 
 COMMANDS = {
-    "evaluate": (evaluate_run, True),
-    "diagnose": (lambda folder: diagnose_runs([folder]), True),
-    "attack": (lambda folder: attack_run(folder, [Attack("harmful", 0.3, 1e-3, steps=1)]), False),
+    "evaluate": (evaluate_run, (1, 1)),
+    "diagnose": (lambda folder: diagnose_runs([folder]), (1, 1)),
+    "attack": (lambda folder: attack_run(folder, [Attack("harmful", 0.3, 1e-3, pool="all", steps=1)]), (0, 2)),
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_load_models_as_the_run_did(options, tmp_path, monkeypatch, command):
-    call, needs_base = COMMANDS[command]
+    call, (of_base, of_unlearned) = COMMANDS[command]  # how often it loads each
     run = unlearn(options.replace(max_steps=1), tmp_path / "run")
     recorded = {"revision": "v2", "attn_implementation": "eager", "device_map": None, "trust_remote_code": True}
     run.write("config.json", {**run.read("config.json"), **recorded})
@@ -241,4 +241,4 @@ def test_commands_load_models_as_the_run_did(options, tmp_path, monkeypatch, com
     call(run.path)
     how = {**recorded, "dtype": "float32"}
     base, unlearned = (options.model, how), (str(run.model), {**how, "revision": None})
-    assert loaded == [base, unlearned][not needs_base :]
+    assert loaded == [base] * of_base + [unlearned] * of_unlearned

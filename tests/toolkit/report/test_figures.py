@@ -1,15 +1,26 @@
 """Which figures made-up run folders have data for, and how their lines look."""
 
+import json
+
 from ssiuu.report.figures import draw_all
 from ssiuu.report.style import line_of
 from ssiuu.runs.read import read_runs
-from tests.support.run_folders import write_run
+from tests.support.run_folders import attack_result, write_run
 
 
 def test_every_figure_is_drawn_though_a_run_has_no_data_for_some(runs, tmp_path):
     bare = write_run(tmp_path / "bare", "ssiuu", attacks=False, diagnosis=False)
     found = draw_all(read_runs([runs[0], bare]))
     assert set(found) == {"overview", "influence", "modules", "attacks", "training"}
+
+
+def test_an_attack_that_does_not_train_has_no_curve(tmp_path):
+    run = write_run(tmp_path / "run", "gd", attacks=False, diagnosis=False)
+    steps = [{"step": step, "fs": 0.0, "unseen_fs": 0.0} for step in (0, 1)]
+    (run / "attacks").mkdir()
+    result = attack_result("quantised", None, None, steps=steps, tuning=None)
+    (run / "attacks" / "quantised-wrong.json").write_text(json.dumps(result))
+    assert set(draw_all(read_runs([run]))) == {"training"}
 
 
 def test_runs_of_one_method_share_a_colour_and_differ_in_the_line(tmp_path):
