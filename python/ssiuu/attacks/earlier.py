@@ -1,4 +1,4 @@
-"""Results of versions before 0.2: attacks had no pool."""
+"""Results of versions in which attacks had no pool."""
 
 from __future__ import annotations
 

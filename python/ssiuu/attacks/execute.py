@@ -30,6 +30,8 @@ def execute(attacks: Sequence[Attack], attacked: Attacked, bar: Job) -> Iterator
         ValueError: an empty pool, or one that gives an attack no fact to train on, before any attack.
         DivergedError: a loss or gradient that is not finite.
     """
+    if not attacks:
+        return
     model, protocol = attacked.load()
     before = protocol.score(model, attacked.forget)
     del model  # the attack has one of its own

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .earlier import WHOLE
+from .pool import POOLS
+
 
 class Tuning(NamedTuple):
     """Which parameters a training attack changes.
@@ -131,4 +134,5 @@ class AttackGroup(NamedTuple):
     def order(self) -> tuple:
         """By which reports sort groups."""
         tuning = list(TUNINGS).index(self.tuning) if self.tuning else 0
-        return list(ATTACK_KINDS).index(self.kind), tuning, self.pool, self.fraction or 0
+        pool = (*POOLS, WHOLE).index(self.pool)
+        return list(ATTACK_KINDS).index(self.kind), tuning, pool, self.fraction or 0

@@ -85,8 +85,8 @@ def check_fraction(fraction: float, size: int, what: str) -> None:
     """
     if size < 2:
         raise ValueError(
-            f"fraction={fraction} of {what}: there is one, and the attack trains on some and scores the rest; use "
-            "--pool all, or --kind benign"
+            f"fraction={fraction} of {what}: an attack that trains on some and scores the rest needs two; choose a "
+            "kind that trains on no facts, or a larger pool"
         )
     if number_of(fraction, size) < 1:
         digits = len(str(size)) + 1

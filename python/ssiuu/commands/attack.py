@@ -48,10 +48,9 @@ def attack_run(run_dir: str | Path, attacks: Sequence[Attack]) -> list[dict]:
         model, tokenizer = load_model(run.model, **loading, **changes)
         return model, Protocol.of(config, model, tokenizer)
 
-    if pending:
-        with run.work("attack"), job(f"attack {run.path.name}", length(pending)) as bar:
-            for attack, result in execute(pending, Attacked(load, forget), bar):
-                run.write(f"attacks/{attack.name}.json", result)
+    with run.work("attack"), job(f"attack {run.path.name}", length(pending)) as bar:
+        for attack, result in execute(pending, Attacked(load, forget), bar):
+            run.write(f"attacks/{attack.name}.json", result)
     return [run.read(f"attacks/{attack.name}.json") for attack in attacks]
 
 

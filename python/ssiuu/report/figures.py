@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -88,8 +89,8 @@ def _recovery(ax: Axes, records: Sequence[RunRecord], group: AttackGroup) -> Non
         curve = mean_curve(attacks_in(record, group), "unseen_margin" if margin else "unseen_probability")
         ax.plot(*curve, **line_of(record))
     _mark_before(ax, records, "forget_margin" if margin else "forget_probability")
-    ax.set_title(f"Recovery, {group.title}")
-    ax.set_xlabel("attack step (unseen facts)")
+    ax.set_title(f"Recovery, {group.kind} attack")
+    ax.set_xlabel(f"attack step, {group.title}")
     ax.set_ylabel("margin of the forgotten answer" if margin else "mean P(forgotten answer)")
     if margin:
         ax.axhline(0, color=FAINT, linewidth=1.2)  # above, the model chooses the forgotten answer again
@@ -178,8 +179,14 @@ def attack_curves(records: Sequence[RunRecord]) -> Figure | None:
     groups = [group for group in attack_groups(records) if get_kind(group.kind).trains]
     if not groups:
         return None
-    figure, axes = new_figure(2, len(groups), (10, 5.6), sharex="col", sharey="row")
-    for column, group in zip(axes.T, groups, strict=True):
+    width = min(len(groups), 3)
+    bands = math.ceil(len(groups) / width)
+    figure, axes = new_figure(2 * bands, width, (10, 5.6 * bands), sharex="col", sharey="row")
+    columns = [axes[2 * band : 2 * band + 2, place] for band in range(bands) for place in range(width)]
+    for column in columns[len(groups) :]:
+        for ax in column:
+            ax.remove()
+    for column, group in zip(columns, groups, strict=False):
         for ax, name, before in zip(column, ("fs", "probability"), ("fs", "forget_probability"), strict=True):
             for record in records:
                 attacks = attacks_in(record, group)
@@ -191,8 +198,12 @@ def attack_curves(records: Sequence[RunRecord]) -> Figure | None:
             from_zero(ax)
         column[0].set_title(group.title)
         column[1].set_xlabel("attack step")
-    axes[0, 0].set_ylabel("FS (unseen facts)")
-    axes[1, 0].set_ylabel("mean P(forgotten answer)")
+        column[1].tick_params(labelbottom=True)  # also where another panel of the column is below
+    for rows, label in ((axes[::2, 0], "FS (unseen facts)"), (axes[1::2, 0], "mean P(forgotten answer)")):
+        top = max(ax.get_ylim()[1] for ax in rows)
+        for ax in rows:
+            ax.set_ylim(0, top)
+            ax.set_ylabel(label)
     method_legend(figure, records)
     return figure
 

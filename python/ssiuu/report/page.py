@@ -22,11 +22,13 @@ from .style import save
 from .table import NOT_RUN, as_markdown, table_rows
 
 CAPTIONS = {
-    "overview": "What unlearning did to neurons, and how much of the forgotten answers further training brings back.",
+    "overview": "What unlearning did to neurons, and how much of the forgotten answers further training brings back: "
+    "mean of all learning rates and seeds, over the facts that an attack does not train on.",
     "influence": "Influence variation summed over neurons, strongest first. A method that erases is high on the left, "
     "a method that hides is high on the right.",
     "modules": "Where influence changed: each cell is the mean over one module's strongest neurons in one layer.",
-    "attacks": "Retraining attacks. Thin: one learning rate and seed; thick: their mean. Lower is more robust. "
+    "attacks": "Attacks that train, scored on facts that they do not train on. Thin: one learning rate and seed; "
+    "thick: their mean. Lower is more robust. "
     "The dashed line is the original model over all forget facts.",
     "training": "What each unlearning step logged.",
 }

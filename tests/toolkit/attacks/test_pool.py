@@ -54,7 +54,7 @@ def test_a_fraction_that_gives_no_fact_says_which_would_do():
 
 
 def test_a_pool_of_one_fact_leaves_none_unseen():
-    with pytest.raises(ValueError, match="there is one, and the attack trains on some and scores the rest"):
+    with pytest.raises(ValueError, match="an attack that trains on some and scores the rest needs two"):
         Pool.choose("wrong", scores_of(1, 0)).draw(0.9, seed=0)
 
 

@@ -187,7 +187,7 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 
 UNFIT = {
-    "fraction=0.5 of the 1 forget facts of the run: there is one": (1, HARMFUL),
+    "fraction=0.5 of the 1 forget facts of the run: .* needs two": (1, HARMFUL),
     "fraction=0.3 of the 3 forget facts .* a fraction of at least 0.34": (3, replace(HARMFUL, fraction=0.3)),
     "none.jsonl does not exist": (3, Attack("benign", None, 1e-3, instructions="none.jsonl")),
 }

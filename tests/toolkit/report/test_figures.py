@@ -1,8 +1,9 @@
 """Which figures made-up run folders have data for, and how their lines look."""
 
 import json
+from dataclasses import replace
 
-from ssiuu.report.figures import draw_all
+from ssiuu.report.figures import attack_curves, draw_all
 from ssiuu.report.style import line_of
 from ssiuu.runs.read import read_runs
 from tests.support.run_folders import attack_result, write_run
@@ -21,6 +22,15 @@ def test_an_attack_that_does_not_train_has_no_curve(tmp_path):
     result = attack_result("quantised", None, None, steps=steps, tuning=None)
     (run / "attacks" / "quantised-wrong.json").write_text(json.dumps(result))
     assert set(draw_all(read_runs([run]))) == {"training"}
+
+
+def test_more_than_three_attacks_share_one_scale(runs):
+    record = read_runs(runs[:1])[0]
+    lora = [attack | {"tuning": "lora"} for attack in record.attacks]
+    shown = attack_curves([replace(record, attacks=record.attacks + lora)]).axes
+    assert len(shown) == 2 * 6
+    for label in ("FS (unseen facts)", "mean P(forgotten answer)"):
+        assert len({ax.get_ylim() for ax in shown if ax.get_ylabel() == label}) == 1
 
 
 def test_runs_of_one_method_share_a_colour_and_differ_in_the_line(tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from ssiuu.attacks.earlier import WHOLE
 from ssiuu.attacks.kinds import AttackGroup
 from ssiuu.report.groups import attack_groups, attack_summary, mean_curve
 from ssiuu.runs.read import read_runs
@@ -57,11 +58,12 @@ def test_no_seed_with_all_rates(record):
 
 def test_pools_and_tunings_are_groups_of_their_own(record):
     steps = [{"step": 0, "fs": 0.0, "unseen_fs": 0.0}]
-    pools = [{"pool": {"name": name}} for name in ("all", "wrong")]
+    pools = [{"pool": {"name": name}} for name in (WHOLE, "all", "wrong")]
     attacks = [attack_result(steps=steps, tuning=tuning, **pool) for pool in pools for tuning in ("lora", "full")]
     titles = [group.title for group in attack_groups([replace(record, attacks=attacks)])]
     assert titles == [
-        "harmful p = 0.3 (all)", "harmful p = 0.3 (wrong)", "harmful p = 0.3 LoRA (all)", "harmful p = 0.3 LoRA (wrong)"
+        "harmful p = 0.3 (wrong)", "harmful p = 0.3 (all)", "harmful p = 0.3 (whole set, ceil)",
+        "harmful p = 0.3 LoRA (wrong)", "harmful p = 0.3 LoRA (all)", "harmful p = 0.3 LoRA (whole set, ceil)",
     ]  # fmt: skip
 
 
