@@ -136,6 +136,19 @@ def attention_outputs(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
                 yield name, kind, getattr(module, part)
 
 
+def mlp_parts(module: nn.Module) -> tuple[str, tuple[str, ...]] | None:
+    """Form and names of the projections of what looks like an MLP by its parts, the down projection last; or None."""
+    forms = (("gated", GATED), ("packed", PACKED), *(("ungated", parts) for parts in UNGATED))
+    found = next(((form, parts) for form, parts in forms if _has(module, parts)), None)
+    if found and found[0] == "ungated" and _activation_name(module) is None:
+        return None  # two projections by these names, and nothing between them that we know of
+    return found
+
+
+def _activation_name(module: nn.Module) -> str | None:
+    return next((name for name in ACTIVATION_NAMES if hasattr(module, name)), None)
+
+
 def _has(module: nn.Module, parts) -> bool:
     return all(isinstance(getattr(module, part, None), nn.Module) for part in parts)
 
@@ -146,22 +159,20 @@ def _recognise_mlp(module: nn.Module) -> Mlp | None:
     Raises:
         UnsupportedModuleError: it looks like one, but computes something else or cannot be replaced unnoticed.
     """
-    for form, parts in (("gated", GATED), ("packed", PACKED), *(("ungated", parts) for parts in UNGATED)):
-        if not _has(module, parts):
-            continue
-        name = next((name for name in ACTIVATION_NAMES if hasattr(module, name)), None)
-        if form == "ungated" and name is None:
-            return None  # two projections by these names, and nothing between them that we know of
-        function = None if name is None else getattr(module, name)
-        for part in parts:
-            _check_linear(part, getattr(module, part))
-        mlp = Mlp(form, _check_activation(function), module, parts, name, function)
-        if form == "ungated":
-            _check_ungated(mlp)
-        else:
-            _check_gated(mlp)
-        return mlp
-    return None
+    found = mlp_parts(module)
+    if found is None:
+        return None
+    form, parts = found
+    name = _activation_name(module)
+    function = None if name is None else getattr(module, name)
+    for part in parts:
+        _check_linear(part, getattr(module, part))
+    mlp = Mlp(form, _check_activation(function), module, parts, name, function)
+    if form == "ungated":
+        _check_ungated(mlp)
+    else:
+        _check_gated(mlp)
+    return mlp
 
 
 def _check_linear(part: str, projection: nn.Module) -> None:

@@ -15,6 +15,7 @@ import ssiuu_kernels as sk
 from ssiuu_kernels import IGNORE_INDEX
 
 from ..data.prompts import Encoded
+from ..evaluation.states import at_last_prompt_token
 from ..models.layers import LogitLens, decoder_layers, recorded_states
 from ..options import UnlearnOptions
 from .base import Batch, Loss, Method, UnlearnData
@@ -119,8 +120,8 @@ class EraseAtCore(Method):
         """States `[samples, layers, D]` at the last prompt token, on the CPU."""
         found = []
         for batch, states, logits in states_of(self.model, self.layers, self.data.prompts, samples):
-            at_layers = _at_last_prompt_token(torch.stack(states, 2), batch["labels"])
-            self.lens.check(at_layers[:, -1], _at_last_prompt_token(logits, batch["labels"]))
+            at_layers = at_last_prompt_token(torch.stack(states, 2), batch["labels"])
+            self.lens.check(at_layers[:, -1], at_last_prompt_token(logits, batch["labels"]))
             found.append(at_layers.cpu())
         return torch.cat(found)
 
@@ -145,17 +146,11 @@ class EraseAtCore(Method):
     def _contrast(self, states: Sequence[Tensor], batch: Batch) -> Tensor:
         """The mean over forget facts, positives and layers."""
         labels, ids = batch.labels[batch.forget], batch.ids[batch.forget].cpu()
-        now = torch.stack([_at_last_prompt_token(at_layer[batch.forget], labels) for at_layer in states], 1)
+        now = torch.stack([at_last_prompt_token(at_layer[batch.forget], labels) for at_layer in states], 1)
         now = now.to(torch.promote_types(now.dtype, torch.float32))
         to_original = F.cosine_similarity(now, self.original[ids].to(now), dim=-1)  # [facts, layers]
         to_positives = F.cosine_similarity(now[:, None], self.positives[ids].to(now), dim=-1)
         return F.softplus((to_original[:, None] - to_positives) / self.options.eac_temperature).mean()
-
-
-def _at_last_prompt_token(values: Tensor, labels: Tensor) -> Tensor:
-    """`[B, ...]` of values `[B, S, ...]`: where the first token of the answer is predicted."""
-    last = (labels != IGNORE_INDEX).int().argmax(1) - 1
-    return values[torch.arange(len(values), device=values.device), last]
 
 
 def _retain_answers(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ssiuu_kernels.modules.recognise import Mlp, attention_outputs, find_mlps
+from ssiuu_kernels.modules.recognise import Mlp, attention_outputs, find_mlps, mlp_parts
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -79,6 +80,24 @@ class LogitLens:
         """Logits `[..., V]` of states `[..., D]`, which may be of another dtype than the head (autocast)."""
         return self.head(self.norm(states.to(self.head.weight.dtype)))
 
+    def check_order(self, last_states: Tensor, logits: Tensor) -> None:
+        """Raise a ValueError unless the model's logits `[..., V]` rank the tokens as this does.
+
+        So they may be capped or scaled, of which a comparison of tokens sees nothing.
+
+        Args:
+            last_states: of the last decoder layer, `[..., D]`.
+        """
+        wrong = self.head.weight.shape[-1] != last_states.shape[-1]
+        if not wrong:
+            ranked = logits.gather(-1, self(last_states).argsort(-1))
+            wrong = not (ranked.cummax(-1).values - ranked).max() <= _room(logits)
+        if wrong:
+            raise ValueError(
+                "the model's logits rank tokens otherwise than its output head on its final norm (it projects states "
+                "between, say); expected a model whose last layer the logit lens can read"
+            )
+
     def check(self, last_states: Tensor, logits: Tensor) -> None:
         """Raise a ValueError unless this gives the model's logits `[..., V]` from the last layer's states `[..., D]`.
 
@@ -86,13 +105,46 @@ class LogitLens:
         """
         wrong = self.head.weight.shape[-1] != last_states.shape[-1]
         if not wrong:
-            distance, largest = (self(last_states) - logits).abs().max(), logits.abs().max()
-            wrong = not distance <= max(1e-3, 4 * torch.finfo(logits.dtype).eps) * largest
+            wrong = not (self(last_states) - logits).abs().max() <= _room(logits)
         if wrong:
             raise ValueError(
                 "the model's logits are not its output head on its final norm (it caps or scales them, or projects "
                 "between); expected a model without that"
             )
+
+
+class NeuronPlace(NamedTuple):
+    """Where the neurons of one kind and layer are: columns of a module's output, from `start` to the next `width`."""
+
+    module: nn.Module
+    start: int
+    width: int
+
+
+def neuron_places(model: nn.Module) -> dict[str, list[NeuronPlace]]:
+    """kind -> places in the order of the model's modules, for Q, K, V (or QKV), O, gate, up and down.
+
+    The kinds and the order are those of attribution. A patched model has the same places as an unpatched one.
+    """
+    found: dict[str, list[NeuronPlace]] = {}
+    for _, kind, module in attention_outputs(model):
+        found.setdefault(kind, []).append(NeuronPlace(module, 0, _output_width(module)))
+    for owner in model.modules():
+        form, parts = mlp_parts(owner) or ("", ())
+        if form == "packed":  # gate and up are one projection's halves
+            half = _output_width(getattr(owner, parts[0])) // 2
+            for kind, start in (("gate", 0), ("up", half)):
+                found.setdefault(kind, []).append(NeuronPlace(getattr(owner, parts[0]), start, half))
+            parts = parts[1:]
+        for kind, part in zip(("gate", "up", "down")[-len(parts) :], parts, strict=False):
+            module = getattr(owner, part)
+            found.setdefault(kind, []).append(NeuronPlace(module, 0, _output_width(module)))
+    return found
+
+
+def _output_width(projection: nn.Module) -> int:
+    # GPT-2's Conv1D has its weight [in, out].
+    return projection.nf if hasattr(projection, "nf") else projection.weight.shape[0]
 
 
 @contextmanager
@@ -139,6 +191,11 @@ def _layers_name(model: nn.Module) -> str:
 def _holds(name: str, parts: Sequence[str]) -> bool:
     """Whether one of these parts is the module of this name, or inside it."""
     return any(part == name or part.startswith(f"{name}.") for part in parts)
+
+
+def _room(logits: Tensor) -> Tensor:
+    """By how much two ways to compute the same logits may differ."""
+    return max(1e-3, 4 * torch.finfo(logits.dtype).eps) * logits.abs().max()
 
 
 def _is_norm(module: nn.Module) -> bool:
