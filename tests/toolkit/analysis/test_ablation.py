@@ -54,6 +54,16 @@ def test_a_neuron_at_zero_is_one_without_weights(family, patched):
         handle.unpatch()
 
 
+def test_gate_and_up_of_one_projection_are_its_halves():
+    """Their product is 0 where either is, so that logits do not tell."""
+    model, x = tiny_model("phi3"), torch.randn(3, 32)
+    projection = model.model.layers[1].mlp.gate_up_proj
+    plain = projection(x)
+    with zeroed(model, {"gate": torch.tensor([56 + 4]), "up": torch.tensor([56 + 7, 2])}):
+        found = projection(x)
+    assert (found != plain).any(0).nonzero().flatten().tolist() == [4, 56 + 7]
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_the_kinds_are_those_of_attribution(family):
     model = tiny_model(family)
