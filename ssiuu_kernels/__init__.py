@@ -1,6 +1,7 @@
 """Fused kernels for robust unlearning: attribution, the SSIUU penalty and its optimizer, under Hugging Face models."""
 
 from . import ops
+from .attribution.targets import ATTRIBUTION_TARGETS
 from .env import collect_env, environment
 from .gradients.path import ENGINES, GradientPath
 from .log_probs import IGNORE_INDEX, TARGETS, sequence_log_probs
@@ -14,6 +15,7 @@ from .patching.patch import patch
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATTRIBUTION_TARGETS",
     "ENGINES",
     "IGNORE_INDEX",
     "TARGETS",

@@ -125,14 +125,14 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
             )
 
 
-def check_labels(labels: Tensor) -> None:
+def check_labels(labels: Tensor, name: str = "labels") -> None:
     """Raise a ValueError or TypeError where labels are not an int64 tensor `[B, S]`."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is a {type(labels).__name__}; expected an int64 tensor [B, S]")
+        raise TypeError(f"{name} is a {type(labels).__name__}; expected an int64 tensor [B, S]")
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels is {labels.dtype}; expected int64: convert with labels.long()")
+        raise TypeError(f"{name} is {labels.dtype}; expected int64: convert with {name}.long()")
     if labels.dim() != 2:
-        raise ValueError(f"labels has shape {list(labels.shape)}; expected [B, S]")
+        raise ValueError(f"{name} has shape {list(labels.shape)}; expected [B, S]")
 
 
 def answer_log_probs(rows: Tensor, answers: Answers) -> Tensor:

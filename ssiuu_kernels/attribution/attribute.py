@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients.one_backward.graph import rows_in_order
-from ..log_probs import answer_lengths, check_target, sequence_log_probs, target_factor
 from ..modules.mlp import ObservedHidden
 from ..modules.patched_mlp import PatchedMlp
 from ..modules.recognise import attention_outputs
 from ..ops import NeuronScores
 from .collector import RecordedOutput, Recorder, recorded_output
 from .row_proof import RowProof
+from .targets import check_answers, check_attribution_target, target_values
 
 
 class Attribution:
@@ -33,12 +33,12 @@ class Attribution:
         self._model, self._mlps, self._with_outputs, self._backend = model, mlps, outputs, backend
 
     def __call__(self, batch: Mapping[str, Tensor], target: str) -> dict[str, dict[str, NeuronScores]]:
-        check_target(target)
+        check_attribution_target(target)
         outputs = list(self._outputs())
         if not self._mlps and not outputs:
             raise ValueError("nothing to attribute: the handle has no patched MLP, and scope='all' found no attention")
-        labels, mask, inputs = self._split(batch)
-        lengths = answer_lengths(labels)
+        labels, other_labels, mask, inputs = self._split(batch)
+        check_answers(labels, other_labels, target)
         recorder = Recorder(mask_segments(mask), tuple(labels.shape), self._backend)
         with ExitStack() as stack, torch.enable_grad():
             stack.enter_context(_uncompiled())
@@ -51,12 +51,12 @@ class Attribution:
                 )
                 stack.callback(handle.remove)
             logits = _logits(self._model(**inputs))
-            log_probs = sequence_log_probs(logits, labels)
-            if not log_probs.requires_grad:
+            values, factor = target_values(logits, labels, other_labels, target)
+            if not values.requires_grad:
                 recorder.check_complete()
-            self._backward(logits, log_probs, recorder)
+            self._backward(logits, values, recorder)
         # The factor is positive: it passes through max and min, and coming last it lets nothing underflow before.
-        factor = target_factor(log_probs, lengths, target)[:, None]
+        factor = factor[:, None]
         # In the model's order: the backward found the last module first.
         return {
             name: {
@@ -73,25 +73,25 @@ class Attribution:
             yield from attention_outputs(self._model)
 
     @staticmethod
-    def _backward(logits: Tensor, log_probs: Tensor, recorder: Recorder) -> None:
-        """One backward of the sum gives every sample's own unit gradient, if the samples do not mix."""
-        if len(log_probs) > 1 and not rows_in_order(logits, ObservedHidden, RecordedOutput):
-            recorder.proof = RowProof(len(log_probs), log_probs)
+    def _backward(logits: Tensor, values: Tensor, recorder: Recorder) -> None:
+        """One backward of the sum gives the gradient of every sample's own value, if the samples do not mix."""
+        if len(values) > 1 and not rows_in_order(logits, ObservedHidden, RecordedOutput):
+            recorder.proof = RowProof(len(values), values)
             recorder.proving = True
-            log_probs.backward(recorder.proof.weights, retain_graph=True)
+            values.backward(recorder.proof.weights, retain_graph=True)
             recorder.proving = False
-        log_probs.sum().backward()
+        values.sum().backward()
         recorder.check_complete()
         if recorder.proof is not None:
             recorder.proof.check()
 
-    def _split(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Labels, mask, and what the model is called with: all of the batch but the labels."""
+    def _split(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
+        """Labels, other labels, mask, and what the model is called with: all of the batch but both labels."""
         if "labels" not in batch or not ("input_ids" in batch or "inputs_embeds" in batch):
             raise ValueError(
                 f"batch has {', '.join(map(str, batch)) or 'nothing'}; expected input_ids (or inputs_embeds) and labels"
             )
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "other_labels")}
         labels, mask = batch["labels"], inputs.get("attention_mask")
         named, takes_any = _arguments(self._model)
         mask = torch.ones_like(labels) if mask is None else _checked_mask(mask, labels)
@@ -101,7 +101,7 @@ class Attribution:
             del inputs[key]
         if "use_cache" in named or (takes_any and hasattr(getattr(self._model, "config", None), "use_cache")):
             inputs.setdefault("use_cache", False)
-        return labels, mask, inputs
+        return labels, batch.get("other_labels"), mask, inputs
 
 
 def _arguments(model: nn.Module) -> tuple[set[str], bool]:

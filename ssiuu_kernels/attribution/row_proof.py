@@ -1,6 +1,6 @@
 """A proof that every row of a layer belongs to the one sample that it is taken for.
 
-The gradient of `sum_b w_b s_b` is that of `sum_b s_b` with each row multiplied by its sample's `w_b`, if no row meets
+The gradient of `sum_b w_b v_b` is that of `sum_b v_b` with each row multiplied by its sample's `w_b`, if no row meets
 another sample's and the rows stand in the order of the batch; in a model that mixes samples, or that reorders them, it
 is not. So one more backward of data gradients, with weights that differ from sample to sample, settles it where
 `one_backward.graph.rows_in_order` cannot follow the rows.
@@ -19,11 +19,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, tor
 
 
 class RowProof:
-    """Compares the signals of two backwards, of `sum_b w_b s_b` and of `sum_b s_b`, row by row.
+    """Compares the signals of two backwards, of `sum_b w_b v_b` and of `sum_b v_b`, row by row.
 
     Args:
         samples: B, of the batch.
-        like: a tensor of the type and device of the log-likelihoods.
+        like: a tensor of the type and device of the values `v`.
 
     Attributes:
         weights: `w`, `[B]`.

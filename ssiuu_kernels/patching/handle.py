@@ -109,9 +109,13 @@ class PatchHandle:
 
         Args:
             batch: input_ids int64 `[B, S]` (or inputs_embeds `[B, S, D]`), labels int64 `[B, S]` (-100 on the prompt),
-                and optionally attention_mask `[B, S]`, 1 for a token, with padding on either side. Every key but
-                labels goes to the model.
-            target: "prob" (the paper), "geometric_mean_prob" (`P^(1/T)`) or "log_prob".
+                and optionally attention_mask `[B, S]`, 1 for a token, with padding on either side. Target "margin"
+                needs other_labels int64 `[B, S]`: the tokens of a wrong answer in place of the answer's. Every key
+                but the two labels goes to the model.
+            target: "prob" (the paper), "geometric_mean_prob" (`P^(1/T)`), "log_prob", "logit" (the sum of the answer
+                tokens' logits) or "margin" (the answer's logit less the wrong answer's, at the first token where the
+                two differ). `prob` vanishes with P, and `log_prob` grows as the model becomes sure of something else;
+                `logit` and `margin` do neither.
 
         Returns:
             module name -> kind -> `NeuronScores` float32 `[B, width]`. A gated MLP has "h" and "gate" (`up` needs
@@ -120,9 +124,10 @@ class PatchHandle:
             of the batch, as those of a vision tower, is left out.
 
         Raises:
-            ValueError: unknown target; labels without an answer token; a mask of another shape or other values, or with
-                holes; a key that the model does not take; a model that mixes samples, or whose modules run on other
-                rows than `[B, S]`; a module that got no gradient back; an unpatched handle.
+            ValueError: unknown target; labels without an answer token; other_labels that are missing, or part from
+                labels nowhere; a mask of another shape or other values, or with holes; a key that the model does not
+                take; a model that mixes samples, or whose modules run on other rows than `[B, S]`; a module that got
+                no gradient back; an unpatched handle.
         """
         self._check_patched()
         return self._attribution(batch, target)
@@ -153,7 +158,8 @@ class PatchHandle:
             forget: bool `[B]`, true for forget samples.
             objective: "ga", "gd", "npo", "simnpo", "dpo" (see `objectives.py`), or a callable (log_probs `[B]`, answer
                 lengths `[B]`, forget `[B]`) -> scalar.
-            target: as in `attribute`; None computes no `target_grad`, for a backbone without a penalty.
+            target: "prob", "geometric_mean_prob" or "log_prob"; None computes no `target_grad`, for a backbone without
+                a penalty.
             sample_ids: int64 `[B]`, for level "neuron": place of each sample in the forget set, each at most once in
                 a batch; what stands at retain samples is not read.
             segments: int32 `[N, 2]`, for samples packed into rows: start and end of each in the flattened `[B * S]`;

@@ -7,7 +7,7 @@ import sys
 import ssiuu_kernels as sk
 
 TOP_LEVEL = {
-    "ENGINES", "IGNORE_INDEX", "TARGETS", "environment",
+    "ATTRIBUTION_TARGETS", "ENGINES", "IGNORE_INDEX", "TARGETS", "environment",
     "ActGrads", "Availability", "GluGrads", "NeuronPenalty", "NeuronScores", "PackedGluGrads", "PatchHandle",
     "GradientPath", "PenaltyStats", "SsiuuAdamW", "SsiuuPenalty", "available_backends", "collect_env", "ops", "patch",
     "sequence_log_probs",
@@ -52,6 +52,7 @@ def test_top_level_names():
 def test_constants():
     assert sk.ENGINES == ("one-backward", "two-backward", "checked")
     assert sk.TARGETS == ("prob", "geometric_mean_prob", "log_prob")
+    assert sk.ATTRIBUTION_TARGETS[3:] == ("logit", "margin")
     assert sk.IGNORE_INDEX == -100
 
 

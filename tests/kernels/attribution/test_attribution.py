@@ -10,11 +10,28 @@ import ssiuu_kernels as sk
 
 from ...support.models import FAMILIES, NAN_LEFT_PADDED, PARTS, logits_of, tiny_batch, tiny_model
 
+# Of one sample: what its neurons are credited with, from its log-probabilities and logits at the answer's tokens
+# `[T, V]`, these tokens, and those of a wrong answer, which parts from it at its third.
 TARGETS = {
-    "prob": lambda s, length: s.exp(),
-    "geometric_mean_prob": lambda s, length: (s / length).exp(),
-    "log_prob": lambda s, length: s,
+    "prob": lambda p, z, answer, other: at(p, answer).sum().exp(),
+    "geometric_mean_prob": lambda p, z, answer, other: at(p, answer).mean().exp(),
+    "log_prob": lambda p, z, answer, other: at(p, answer).sum(),
+    "logit": lambda p, z, answer, other: at(z, answer).sum(),
+    "margin": lambda p, z, answer, other: z[2, answer[2]] - z[2, other[2]],
 }
+
+
+def at(rows, tokens):
+    return torch.stack([row[token] for row, token in zip(rows, tokens, strict=True)])
+
+
+def with_other_labels(batch):
+    """The same batch with a wrong answer to each sample, which differs from its third token on and ends after it."""
+    other = batch["labels"].clone()
+    for labels in other:
+        third, fourth = (labels != -100).nonzero().flatten()[2:4]
+        labels[third], labels[fourth] = labels[third] % 60 + 1, -100
+    return {**batch, "other_labels": other}
 
 
 def captured_tensors(model, family):
@@ -42,9 +59,10 @@ def brute_force(model, family, batch, target):
     tensors, found = captured_tensors(model, family), {}
     for sample in range(len(batch["labels"])):
         one = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
-        log_probs = sk.sequence_log_probs(logits_of(model, one), one["labels"])
-        length = (one["labels"][:, 1:] != -100).sum(1)
-        TARGETS[target](log_probs, length).sum().backward()
+        places = (one["labels"][0] != -100).nonzero().flatten()
+        rows = logits_of(model, one)[0, places - 1]
+        answer, other = (labels[0, places].tolist() for labels in (one["labels"], one["other_labels"]))
+        TARGETS[target](rows.log_softmax(-1), rows, answer, other).backward()
         for (owner, kinds), z in tensors.items():
             product = (z * z.grad).detach().reshape(-1, z.shape[-1])[one["attention_mask"][0].bool()]
             halves = product.chunk(2, dim=-1) if isinstance(kinds, tuple) else [product]
@@ -59,7 +77,7 @@ def brute_force(model, family, batch, target):
 def test_equals_brute_force(family, padding, target):
     if padding == "left" and family in NAN_LEFT_PADDED:
         pytest.skip("the model's logits are NaN")
-    model, batch = tiny_model(family, torch.float64), tiny_batch(padding)
+    model, batch = tiny_model(family, torch.float64), with_other_labels(tiny_batch(padding))
     with sk.patch(model, scope="all") as handle:
         found = handle.attribute(batch, target)
     expected = brute_force(model, family, batch, target)
@@ -74,7 +92,7 @@ def test_equals_brute_force(family, padding, target):
 
 
 def test_float32_on_native():
-    model, batch = tiny_model(), tiny_batch()
+    model, batch = tiny_model(), with_other_labels(tiny_batch())
     with sk.patch(model, scope="all", backend="native") as handle:
         found = handle.attribute(batch)
     expected = brute_force(model.double(), "llama", batch, "prob")
@@ -151,6 +169,67 @@ def test_unpatched_handle():
     handle.unpatch()
     with pytest.raises(ValueError, match="unpatched"):
         handle.attribute(tiny_batch())
+
+
+@pytest.mark.parametrize("target", ["logit", "margin"])
+def test_the_other_targets_of_samples_that_cannot_be_followed_are_proved(target):
+    model, batch = tiny_model(), with_other_labels(tiny_batch())
+    expected = brute_force(model, "llama", batch, target)
+    model.model.layers[1].register_forward_hook(lambda _module, _args, x: Doubled.apply(x) / 2)
+    with sk.patch(model, scope="all") as handle:
+        found = handle.attribute(batch, target)
+    for (name, kind), samples in expected.items():
+        wanted = torch.stack([product.sum(0) for product in samples])
+        assert (found[name][kind].sum - wanted).norm() <= 1e-4 * wanted.norm(), (name, kind)
+
+
+@pytest.mark.parametrize("target", ["logit", "margin"])
+def test_the_other_targets_of_a_model_that_mixes_samples_are_refused(target):
+    batch = with_other_labels(tiny_batch())
+    del batch["attention_mask"]
+    with sk.patch(Plain(lambda x: x - x.mean(0))) as handle, pytest.raises(ValueError, match="mixes samples"):
+        handle.attribute(batch, target)
+
+
+def test_a_margin_is_not_of_the_scale_of_the_probability():
+    """Adding to every logit changes neither; making the answer impossible changes `prob` alone to nothing."""
+    model, batch = tiny_model("opt", tie_word_embeddings=False), with_other_labels(tiny_batch())
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(61))
+    unused = next(token for token in range(61) if not (batch["labels"] == token).any())
+    found = []
+    for bias in (0.0, 200.0):
+        model.lm_head.bias.data[unused] = bias
+        with sk.patch(model) as handle:
+            found.append([handle.attribute(batch, t)["model.decoder.layers.0"]["h"].sum for t in ("margin", "prob")])
+    (margin, prob), (margin_after, prob_after) = found
+    assert torch.equal(margin, margin_after)
+    assert prob.abs().max() > 0 == prob_after.abs().max()
+
+
+BAD_OTHER_LABELS = {
+    r"target='margin' needs other_labels in the batch": lambda labels: None,
+    r"other_labels has shape \[4, 10\] and labels \[4, 11\]": lambda labels: labels[:, 1:],
+    r"other_labels of samples \[0, 1, 2, 3\] do not part": lambda labels: labels,
+    r"other_labels of samples \[2\] do not part": lambda labels: shorter(labels, 2),
+    r"other_labels is torch.int32": lambda labels: labels.int(),
+    r"labels has the token 61": lambda labels: labels.where(labels < 0, 61),
+}
+
+
+def shorter(labels, sample):
+    """Another answer to every sample but one, where it is the start of the answer."""
+    other = labels.where(labels < 0, labels % 60 + 1)
+    other[sample] = labels[sample]
+    other[sample, (labels[sample] != -100).nonzero().flatten()[-1]] = -100
+    return other
+
+
+@pytest.mark.parametrize(("message", "change"), BAD_OTHER_LABELS.items())
+def test_a_wrong_answer_that_cannot_be_compared_is_refused(message, change):
+    batch = tiny_batch()
+    other = change(batch["labels"])
+    with sk.patch(tiny_model()) as handle, pytest.raises((ValueError, TypeError), match=message):
+        handle.attribute(batch if other is None else {**batch, "other_labels": other}, "margin")
 
 
 def test_unknown_target():

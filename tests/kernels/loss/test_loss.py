@@ -117,6 +117,7 @@ BAD = {
     "mask of another length": ("bool mask", {"forget": torch.tensor([True, False])}),
     "mask of numbers": ("bool mask", {"forget": torch.ones(4)}),
     "unknown objective": ("nppo", {"objective": "nppo"}),
+    "target of attribution": ("expected one of prob, geometric_mean_prob, log_prob", {"target": "logit"}),
     "unknown target": ("loss", {"target": "loss"}),
 }
 

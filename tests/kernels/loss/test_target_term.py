@@ -233,6 +233,10 @@ def test_a_forward_of_another_thread_is_refused():
 REFUSED = {
     "labels of another batch": (lambda w, z: w.handle.target_term(z, w.batch["labels"][:2], FORGET), "labels"),
     "a mask of another length": (lambda w, z: w.handle.target_term(z, w.batch["labels"], FORGET[:2]), "forget"),
+    "a target of attribution": (
+        lambda w, z: w.handle.target_term(z, w.batch["labels"], FORGET, "margin"),
+        "target='margin' is unknown; expected one of prob, geometric_mean_prob, log_prob",
+    ),
     "an unknown target": (lambda w, z: w.handle.target_term(z, w.batch["labels"], FORGET, "p"), "target='p'"),
     "logits without a graph": (lambda w, z: w.term(z.detach()), "carry no gradient"),
     "logits of another model": (
