@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.facts import Fact
-from ..data.prompts import PromptFormat
-from ..evaluation.likelihood import score_facts
+from ..evaluation.protocol import Protocol
 from ..models.layers import neuron_places
 from .influence import Variation
 
@@ -21,7 +20,7 @@ Neurons = dict[str, Tensor]  # kind -> int64 [n], places in the flattened [layer
 
 def ablation(
     model: PreTrainedModel,
-    prompts: PromptFormat,
+    protocol: Protocol,
     facts: Sequence[Fact],
     variations: Mapping[str, Variation],
     *,
@@ -35,6 +34,7 @@ def ablation(
 
     Args:
         model: the unlearned model, patched or not.
+        protocol: how its facts are asked and scored.
         variations: kind -> `Variation` of `[layers, width]`, as `variation_by_kind` gives for this model.
         counts: how many neurons, over all kinds together; fewer where fewer have a D- above 0.
         seed: of the random neurons.
@@ -52,7 +52,7 @@ def ablation(
 
     def scores(neurons: Neurons) -> dict[str, float]:
         with zeroed(model, neurons):
-            means = score_facts(model, prompts, facts, progress=progress).means()
+            means = protocol.score(model, facts, progress=progress).means()
         return {"neurons": sum(map(len, neurons.values())), **means}
 
     _check_places(model, variations)

@@ -15,17 +15,19 @@ TOP = 100  # neurons in the reported sums, as in the paper
 
 
 class Influence(NamedTuple):
-    """Attribution of neurons at their strongest token, as means over samples; each float64 `[..., width]`.
+    """Attribution of neurons at their strongest token and in all, as means over samples; each float64 `[..., width]`.
 
     Attributes:
         max: mean over samples of `max_k A`.
         positive_max: mean of `max_k max(A, 0)`.
         min: mean of `min_k A`.
+        sum: mean of `sum_k A`.
     """
 
     max: Tensor
     positive_max: Tensor
     min: Tensor
+    sum: Tensor
 
 
 class Variation(NamedTuple):
@@ -58,8 +60,8 @@ def influence_variation(before: NeuronScores, after: NeuronScores) -> Variation:
 
 def mean_influence(scores: NeuronScores) -> Influence:
     """Means over the samples of attribution `[..., B, width]`."""
-    largest, smallest = scores.max.double(), scores.min.double()
-    return Influence(largest.mean(-2), largest.clamp(min=0).mean(-2), smallest.mean(-2))
+    largest, smallest, total = (part.double() for part in scores)
+    return Influence(largest.mean(-2), largest.clamp(min=0).mean(-2), smallest.mean(-2), total.mean(-2))
 
 
 def _variation(before: Influence, after: Influence) -> Variation:

@@ -23,12 +23,13 @@ def measure_influence(
 ) -> dict[str, Influence]:
     """The influence of every neuron of Q, K, V (or QKV), O, gate, up and down over a set of samples, batch by batch.
 
-    Memory is one batch's attribution and three vectors per module, whatever the number of samples.
+    Memory is one batch's attribution and four vectors per module, whatever the number of samples.
 
     Args:
         model: a Hugging Face causal language model, not patched; it is run in eval mode, and left so.
-        batches: as for `PatchHandle.attribute`: input_ids, labels, attention_mask, each `[B, S]`, on any device.
-        target: the quantity attributed; the paper's is "prob".
+        batches: as for `PatchHandle.attribute`: input_ids, labels, attention_mask and, for "margin",
+            other_labels, each `[B, S]`, on any device.
+        target: the quantity attributed, of `ssiuu_kernels.ATTRIBUTION_TARGETS`; the paper's is "prob".
         backend: backend of the kernels.
         progress: called after every batch with its number of samples.
 

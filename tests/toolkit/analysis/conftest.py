@@ -21,6 +21,12 @@ def prompts():
 
 
 @pytest.fixture
+def encode(prompts):
+    """(question, text) -> tokens of the question and of this answer to it."""
+    return lambda question, text: prompts.encode_facts([Fact(question, text)])[0]
+
+
+@pytest.fixture
 def facts():
     """Eight facts of different lengths with one false option each."""
     towns = ("rome", "oslo on the sea", "lima", "bonn", "kyiv on the sea")

@@ -9,7 +9,7 @@ import ssiuu_kernels as sk
 from ssiuu.analysis.ablation import ablation, hidden_most, random_neurons, zeroed
 from ssiuu.analysis.influence import Variation
 from ssiuu.analysis.measure import measure_influence
-from ssiuu.evaluation.likelihood import score_facts
+from ssiuu.evaluation.protocol import Protocol
 from tests.support.models import FAMILIES, PARTS, logits_of, tiny_batch, tiny_model
 
 EVERY = 5  # one neuron in so many
@@ -126,17 +126,17 @@ def test_random_neurons_are_no_more_than_there_are():
 
 
 def test_scores_are_those_with_the_neurons_at_zero(prompts, facts):
-    model = tiny_model()
+    model, protocol = tiny_model(), Protocol(prompts)
     variations, done = variations_of(model), []
-    found = ablation(model, prompts, facts, variations, counts=(3, 40), seed=2, progress=done.append)
+    found = ablation(model, protocol, facts, variations, counts=(3, 40), seed=2, progress=done.append)
     assert sum(done) == pytest.approx(5 * len(facts))
-    assert found["none"] == {"neurons": 0, **score_facts(model, prompts, facts).means()}
+    assert found["none"] == {"neurons": 0, **protocol.score(model, facts).means()}
     assert [part["count"] for part in found["ablated"]] == [3, 40]
     for part in found["ablated"]:
         hidden = hidden_most(variations, part["count"])
         for name, neurons in (("hidden", hidden), ("random", random_neurons(variations, hidden, 2))):
             with zeroed(model, neurons):
-                expected = score_facts(model, prompts, facts).means()
+                expected = protocol.score(model, facts).means()
             assert part[name] == {"neurons": part["count"], **expected}
     assert found["ablated"][1]["hidden"] != found["ablated"][1]["random"]
 
@@ -144,9 +144,9 @@ def test_scores_are_those_with_the_neurons_at_zero(prompts, facts):
 def test_variations_of_another_model_are_refused(prompts, facts):
     variations = variations_of(tiny_model())
     with pytest.raises(ValueError, match="expected those of the model"):
-        ablation(tiny_model(num_hidden_layers=3), prompts, facts, variations)
+        ablation(tiny_model(num_hidden_layers=3), Protocol(prompts), facts, variations)
 
 
 def test_a_count_of_none_is_refused(prompts, facts):
     with pytest.raises(ValueError, match=r"counts=\[10, 0\]"):
-        ablation(tiny_model(), prompts, facts, {}, counts=(10, 0))
+        ablation(tiny_model(), Protocol(prompts), facts, {}, counts=(10, 0))

@@ -7,10 +7,8 @@ import ssiuu_kernels as sk
 from ssiuu.analysis.distractors import draw_distractors
 from ssiuu.analysis.logit_lens import logit_lens
 from ssiuu.data.facts import Fact
-from ssiuu.data.prompts import PromptFormat
 from ssiuu.models.layers import final_norm
 from tests.support.models import tiny_model
-from tests.support.tiny_tokenizers import make_tokenizer
 
 FAMILIES = {
     "llama, tied": ("llama", {}),
@@ -24,11 +22,11 @@ FAMILIES = {
 }
 
 
-def shares(model, prompts, facts):
+def shares(model, encode, facts):
     """Of `output_hidden_states`, whose last entry is after the final norm already."""
     ahead = []
     for fact in facts:
-        answer, false = (prompts.encode(fact.question, text) for text in fact.options)
+        answer, false = (encode(fact.question, text) for text in fact.options)
         with torch.no_grad():
             output = model(input_ids=torch.tensor([answer.prompt]), output_hidden_states=True, use_cache=False)
             *inner, last = (state[0, -1] for state in output.hidden_states[1:])
@@ -39,21 +37,21 @@ def shares(model, prompts, facts):
 
 
 @pytest.mark.parametrize(("family", "changes"), FAMILIES.values(), ids=FAMILIES)
-def test_equals_the_model_s_own_states_through_norm_and_head(family, changes, prompts, facts):
+def test_equals_the_model_s_own_states_through_norm_and_head(family, changes, prompts, encode, facts):
     model = tiny_model(family, **changes).eval()
     found = logit_lens(model, prompts, facts)
-    assert found == (shares(model, prompts, facts), len(facts), 0)
+    assert found == (shares(model, encode, facts), len(facts), 0)
 
 
-def test_a_patched_model_in_training_is_read_as_it_is_and_left_so(prompts, facts):
+def test_a_patched_model_in_training_is_read_as_it_is_and_left_so(prompts, encode, facts):
     model = tiny_model("opt", dropout=0.5)
-    expected = shares(model.eval(), prompts, facts)
+    expected = shares(model.eval(), encode, facts)
     with sk.patch(model.train(), scope="all"):
         assert logit_lens(model, prompts, facts).share == expected
     assert model.training
 
 
-def test_distractors_that_start_as_the_answer_are_passed_over(prompts):
+def test_distractors_that_start_as_the_answer_are_passed_over(prompts, encode):
     facts = [
         Fact("where is ann", "oslo on the sea", ("oslo", "oslo the sea", "lima"), "ann"),
         Fact("where is bob", "oslo on the sea", ("oslo", "oslo the sea"), "bob"),
@@ -62,7 +60,7 @@ def test_distractors_that_start_as_the_answer_are_passed_over(prompts):
     for seed in range(5):
         (answer, token), none = draw_distractors(prompts, facts, seed)
         assert token == lima
-        assert answer == prompts.encode("where is ann", "oslo on the sea")
+        assert answer == encode("where is ann", "oslo on the sea")
         assert none is None
     found = logit_lens(tiny_model(), prompts, facts)
     assert (found.compared, found.left_out) == (1, 1)
@@ -86,20 +84,14 @@ def test_the_seed_draws(prompts):
     assert first == again != other
 
 
-def test_an_option_merged_with_the_prompt_s_end_is_passed_over():
+def test_an_option_merged_with_the_prompt_s_end_is_passed_over(prompts, encode, monkeypatch):
     """It is predicted from fewer tokens than the answer."""
-    prompts = PromptFormat(make_tokenizer("byte-level BPE"), 0)
-    encode = prompts.encode
-
-    def merged(question, text):
-        found = encode(question, text)
-        return found if text != "Lima" else found._replace(prompt=found.prompt[:-1], answer=[5, *found.answer])
-
-    prompts.encode = merged
-    fact = Fact("Where was Ann born?", "Rome", ("Lima", "Oslo"))
-    assert all(
-        draw_distractors(prompts, [fact], seed)[0][1] == encode(fact.question, "Oslo").answer[0] for seed in range(4)
-    )
+    question = "where is ann"
+    answer, lima, oslo = (encode(question, town) for town in ("rome", "lima", "oslo"))
+    merged = lima._replace(prompt=lima.prompt[:-1])
+    monkeypatch.setattr(prompts, "encode_options", lambda facts: [answer, merged, oslo])
+    fact = Fact(question, "rome", ("lima", "oslo"))
+    assert [draw_distractors(prompts, [fact], seed) for seed in range(5)] == [[(answer, oslo.answer[0])]] * 5
 
 
 def test_a_model_without_a_final_norm_is_refused(prompts, facts):
