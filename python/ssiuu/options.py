@@ -17,6 +17,8 @@ from .data.sources import BUILTIN
 
 # Names that stand for a method and a regularizer.
 PAIRS = {"ssiuu": ("gd", "ssiuu")}
+# Of a diagnosis, in the order in which they are made.
+DIAGNOSIS_PARTS = ("influence", "lens", "ablation", "cka")
 # Where the Trainer can report to, and the packages of which one is needed.
 REPORTERS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -263,19 +265,36 @@ class DiagnoseOptions:
     """Options of a diagnosis.
 
     Attributes:
-        batch_size: facts per forward and backward.
-        target: attributed quantity: "prob" (the paper), "geometric_mean_prob" or "log_prob".
+        part: "influence" (D+ and D- of every neuron), "lens" (at which layer the answer is ahead), "ablation" (does the
+            fact come back without the neurons of largest D-) or "cka" (similarity of the states to the original
+            model's); give it again for more. None takes all.
+        batch_size: facts per forward and backward of the attribution.
+        target: attributed quantity: "prob" (the paper), "geometric_mean_prob", "log_prob", "logit" (the sum of the
+            answer tokens' logits) or "margin" (the answer against the original model's best false option). prob
+            vanishes with P(answer), and log_prob grows as a model becomes sure of something else; the last two do
+            neither.
+        neurons: how many are set to zero in the ablation; give it again for more. None takes 10, 100 and 1000.
+        seed: of the lens's wrong answers, and of the ablation's random neurons.
         backend: of the kernels: "auto", "reference", "triton" or "native".
     """
 
+    part: list[str] | None = None
     batch_size: int = 8
     target: str = "prob"
+    neurons: list[int] | None = None
+    seed: int = 0
     backend: str = "auto"
 
     def check(self) -> None:
-        """Raise a ValueError for a batch size out of range."""
+        """Raise a ValueError for options out of range."""
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}; expected at least 1")
+        for part in self.part or ():
+            if part not in DIAGNOSIS_PARTS:
+                raise ValueError(f"part={part!r} is unknown; expected one of {', '.join(DIAGNOSIS_PARTS)}")
+        for count in self.neurons or ():
+            if count < 1:
+                raise ValueError(f"neurons={count}; expected at least 1")
 
 
 def replacing_sets(values: Mapping[str, Any]) -> dict[str, Any]:

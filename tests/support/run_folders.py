@@ -107,10 +107,31 @@ def _write_diagnosis(path, strength, layers, width):
         hidden = torch.rand(layers, width) ** 8 * strength * torch.rand(layers, 1)
         erased = torch.rand(layers, width) ** 8 * torch.rand(layers, 1)
         variations[kind] = Variation(erased, hidden)
-    _write(
-        path / "diagnosis.json",
-        summarise(variations) | {"samples": 12, "target": "log_prob", "seconds": {"before": 3.0, "after": 3.0}},
-    )
+    influence = summarise(variations) | {"samples": 12, "target": "log_prob", "seconds": {"before": 3.0, "after": 3.0}}
+    shares = {"before": [0.5 + 0.4 * i / layers for i in range(layers)], "after": [0.5 - 0.2 * strength] * layers}
+    scores = [{"neurons": n, "score": 0.3 + s, "probability": 0.02 + s, "margin": s - 1.5}
+              for n, s in ((0, 0.0), (10, 0.2 * strength), (10, 0.01), (100, 0.4 * strength), (100, 0.03))]  # fmt: skip
+    none, *pairs = scores
+    diagnosis = {
+        "influence": {"options": {"target": "log_prob"}, **influence},
+        "lens": {"options": {"seed": 0}}
+        | {when: {"share": share, "compared": 12, "left_out": 0} for when, share in shares.items()},
+        "ablation": {
+            "options": {"target": "log_prob", "neurons": [10, 100], "seed": 0},
+            "none": none,
+            "ablated": [
+                {"count": hidden["neurons"], "hidden": hidden, "random": random}
+                for hidden, random in zip(pairs[::2], pairs[1::2], strict=True)
+            ],
+        },
+        "cka": {
+            "options": {},
+            "forget": [1 - 0.1 * strength * i / layers for i in range(layers)],
+            "retain": [1 - 0.02 * i / layers for i in range(layers)],
+            "facts": {"forget": 12, "retain": 12},
+        },
+    }
+    _write(path / "diagnosis.json", diagnosis)
     tensors = {f"{name}.{kind}": getattr(v, name) for kind, v in variations.items() for name in v._fields}
     save_file(tensors, path / "diagnosis.safetensors")
 

@@ -284,4 +284,4 @@ def test_one_run_through_all_commands(model_dir, facts_file, tmp_path):
     assert "<html" in (tmp_path / "report" / "report.html").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert (config["engine"], config["update_in_backward"]) == ("two-backward", True)
-    assert json.loads((folder / "diagnosis.json").read_text())["sum"].keys() == {"d_plus", "d_minus"}
+    assert json.loads((folder / "diagnosis.json").read_text())["influence"]["sum"].keys() == {"d_plus", "d_minus"}

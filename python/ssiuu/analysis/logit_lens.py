@@ -19,8 +19,8 @@ class LensShares(NamedTuple):
     """What the logit lens shows.
 
     Attributes:
-        share: for each decoder layer, the share of the compared facts whose answer is ahead there. Chance is 0.5; far
-            below it, something in the model holds the answer down.
+        share: for each decoder layer, the share of the compared facts whose answer is ahead there; empty where no fact
+            can be compared. Chance is 0.5; far below it, something in the model holds the answer down.
         compared: number of facts.
         left_out: number of facts without a wrong answer that starts with another token.
     """
@@ -53,16 +53,13 @@ def logit_lens(
         progress: called after every batch with its number of facts.
 
     Raises:
-        ValueError: no fact that can be compared; a model without one list of decoder layers, a final norm and an output
+        ValueError: a model without one list of decoder layers, a final norm and an output
             head, or whose logits are not those of its head on its norm.
     """
     layers, lens = decoder_layers(model), LogitLens(model)
     drawn = [pair for pair in draw_distractors(prompts, facts, seed) if pair is not None]
     if not drawn:
-        raise ValueError(
-            f"none of the {len(facts)} facts has a wrong answer that starts with another token than the true one; "
-            "expected some to compare"
-        )
+        return LensShares([], 0, len(facts))
     ahead, done = [], 0
     for batch, states, logits in states_of(model, layers, prompts, [answer for answer, _ in drawn], progress):
         last = [at_last_prompt_token(state, batch["labels"]) for state in states]

@@ -27,6 +27,15 @@ CAPTIONS = {
     "influence": "Influence variation summed over neurons, strongest first. A method that erases is high on the left, "
     "a method that hides is high on the right.",
     "modules": "Where influence changed: each cell is the mean over one module's strongest neurons in one layer.",
+    "lens": "Logit lens: for each decoder layer, the share of forget facts whose answer its state prefers to a random "
+    "wrong one. Near 0.5 the layer knows nothing of the answer (erased); far below it, something holds the answer "
+    "down (hidden).",
+    "ablation": "What the unlearned model answers with the neurons of largest D- set to zero (filled), and with as "
+    "many random neurons of the same kinds (hatched). Where the filled bars rise well above the hatched ones, the "
+    "facts come back without these neurons: they were hidden, not erased.",
+    "cka": "Similarity (debiased linear CKA) of the states at the last token of the prompt with those of the original "
+    "model, layer by layer. Lower on the forget prompts than on the retain prompts means a change that is aimed at the "
+    "forgotten facts.",
     "attacks": "Attacks that train, scored on facts that they do not train on. Thin: one learning rate and seed; "
     "thick: their mean. Lower is more robust. "
     "The dashed line is the original model over all forget facts.",
@@ -52,8 +61,10 @@ METRICS = {
     "D-": "Negative influence added, summed over 100 neurons: neurons grown to push the answer down, so that it is "
     "hidden rather than erased.",
     "influence variation of": "The quantity that neurons are credited with: prob is P(answer), as in the paper; "
-    "log_prob its logarithm. Attribution to prob is proportional to P(answer), so once a model gives an answer almost "
-    "no probability, D- in prob is almost 0 whatever neurons grew; log_prob still shows it.",
+    "log_prob its logarithm, logit the answer's logits, margin its logit less that of the best false option. "
+    "Attribution to prob is proportional to P(answer), so once a model gives an answer almost no probability, D- in "
+    "prob is almost 0 whatever neurons grew. log_prob grows as a model becomes sure of something else; logit and "
+    "margin do neither.",
     "lambda, share": "Weight of the SSIUU penalty, and the fraction of the parameters of negative attribution whose "
     "penalty gradient outweighs their loss gradient. Shares compare between models; lambdas do not.",
 }
@@ -122,6 +133,9 @@ def as_json(records: Sequence[RunRecord]) -> dict:
                 "evaluation": record.evaluation,
                 "attacks": {group.title: attack_summary(record, group) for group in groups},
                 "diagnosis": record.diagnosis,
+                "lens": record.lens,
+                "ablation": record.ablation,
+                "cka": record.cka,
             }
             for record in records
         ],

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import __version__ as transformers_version
 
 import ssiuu_kernels as sk
 
+from ..analysis.influence import KINDS, Variation
 from ..data.facts import Fact, Split
 from .locks import LOCK, locked
 
@@ -159,14 +160,38 @@ class Run:
         file.parent.mkdir(parents=True, exist_ok=True)
         _replace(file, json.dumps(value, indent=1) + "\n")
 
-    def write_diagnosis(self, summary: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write diagnosis.safetensors, then diagnosis.json, which is never beside the tensors of another diagnosis."""
-        (self.path / "diagnosis.json").unlink(missing_ok=True)
+    def diagnosis(self) -> dict[str, Any]:
+        """diagnosis.json, part by part; empty where nothing was diagnosed. 0.1.0 wrote one part, influence, alone."""
+        if not (self.path / "diagnosis.json").is_file():
+            return {}
+        stored = self.read("diagnosis.json")
+        return {"influence": {"options": {"target": stored["target"]}, **stored}} if "sum" in stored else stored
+
+    def write_diagnosis(self, part: str, result: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Put a part into diagnosis.json, and its tensors, where it has some, into diagnosis.safetensors.
+
+        The part is never beside the tensors of another.
+        """
+        others = {name: there for name, there in self.diagnosis().items() if name != part}
+        if tensors is not None:
+            self.write("diagnosis.json", others)
+            file = self.path / "diagnosis.safetensors"
+            partial = file.with_suffix(PARTIAL)
+            save_file(tensors, partial)
+            partial.replace(file)
+        self.write("diagnosis.json", {**others, part: result})
+
+    def variations(self) -> dict[str, Variation]:
+        """The D+ and D- of every neuron, kind -> `[layers, width]`; a ValueError where they are missing."""
         file = self.path / "diagnosis.safetensors"
-        partial = file.with_suffix(PARTIAL)
-        save_file(tensors, partial)
-        partial.replace(file)
-        self.write("diagnosis.json", summary)
+        if not file.is_file():
+            raise ValueError(f"{file} is missing beside diagnosis.json; remove that, and run `ssiuu diagnose` again")
+        tensors = load_file(file)
+        return {
+            kind: Variation(tensors[f"d_plus.{kind}"], tensors[f"d_minus.{kind}"])
+            for kind in KINDS
+            if f"d_plus.{kind}" in tensors
+        }
 
     def finish(self) -> None:
         """Mark the run as complete, and drop the checkpoints, which are three times as large as the model."""

@@ -8,9 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from ..analysis.influence import KINDS, Variation
+from ..analysis.influence import Variation
 from ..attacks.earlier import with_pool
 from ..pairs import appearance
 from .folder import Run
@@ -30,8 +28,9 @@ class RunRecord:
         evaluation: evaluation.json, {"before": {...}, "after": {...}}; None where not run.
         attacks: attacks/*.json, in the order of kind, fraction, learning rate and seed; those of earlier versions in
             today's form.
-        diagnosis: diagnosis.json; None where not run.
+        diagnosis: the part influence of diagnosis.json; None where not run.
         variations: kind -> `Variation` of `[layers, width]`; None where not run.
+        lens, ablation, cka: the other parts; None where not run.
         label: what tables and legends call the run: its method, and its folder where several share a method.
         color: of the run's method, the same in every figure and table.
         style: 0 for the first run of a colour, 1 for the second...
@@ -45,6 +44,9 @@ class RunRecord:
     attacks: list[dict]
     diagnosis: dict | None
     variations: dict[str, Variation] | None
+    lens: dict | None
+    ablation: dict | None
+    cka: dict | None
     label: str = field(default="")
     color: str = field(default="")
     style: int = 0
@@ -95,11 +97,11 @@ def _base(config: dict) -> str:
 
 
 def _read_run(path: Path) -> RunRecord:
-    config = Run.open(path).read("config.json")
+    run = Run.open(path)
+    config, diagnosis = run.read("config.json"), run.diagnosis()
     split = {name: len(facts) for name, facts in (_read_json(path / "split.json") or {}).items()}
     attacks = [with_pool(_read_json(file), split.get("forget", 0)) for file in (path / "attacks").glob("*.json")]
     attacks.sort(key=lambda a: (a["kind"], a["fraction"] or 0, a["learning_rate"] or 0, a["seed"]))
-    diagnosis = _read_json(path / "diagnosis.json")
     return RunRecord(
         path=path,
         config=config,
@@ -107,8 +109,11 @@ def _read_run(path: Path) -> RunRecord:
         metrics=_read_metrics(path / "metrics.jsonl"),
         evaluation=_read_json(path / "evaluation.json"),
         attacks=attacks,
-        diagnosis=diagnosis,
-        variations=None if diagnosis is None else _read_variations(path / "diagnosis.safetensors"),
+        diagnosis=diagnosis.get("influence"),
+        variations=run.variations() if "influence" in diagnosis else None,
+        lens=diagnosis.get("lens"),
+        ablation=diagnosis.get("ablation"),
+        cka=diagnosis.get("cka"),
     )
 
 
@@ -128,14 +133,3 @@ def _read_metrics(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise ValueError(f"{path} is not JSON lines ({error})") from None
-
-
-def _read_variations(path: Path) -> dict[str, Variation]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing beside diagnosis.json; run `ssiuu diagnose` again")
-    tensors = load_file(path)
-    return {
-        kind: Variation(tensors[f"d_plus.{kind}"], tensors[f"d_minus.{kind}"])
-        for kind in KINDS
-        if f"d_plus.{kind}" in tensors
-    }

@@ -67,8 +67,8 @@ def test_distractors_that_start_as_the_answer_are_passed_over(prompts, encode):
 
 
 def test_no_fact_to_compare(prompts):
-    with pytest.raises(ValueError, match="none of the 1 facts has a wrong answer that starts with another token"):
-        logit_lens(tiny_model(), prompts, [Fact("where is bob", "oslo on the sea", ("oslo",))])
+    found = logit_lens(tiny_model(), prompts, [Fact("where is bob", "oslo on the sea", ("oslo",))])
+    assert found == ([], 0, 1)
 
 
 def test_free_text_is_compared_with_another_fact_s_answer(prompts):

@@ -9,25 +9,32 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ssiuu.analysis.ablation import ablation
+from ssiuu.analysis.distractors import best_false_options, labels_of_others
 from ssiuu.analysis.influence import summarise, variation_by_kind
+from ssiuu.analysis.logit_lens import logit_lens
 from ssiuu.analysis.measure import measure_influence
+from ssiuu.analysis.similarity import cka_by_layer, prompt_states
 from ssiuu.commands import diagnose
 from ssiuu.commands.diagnose import diagnose_runs
 from ssiuu.data.facts import Fact
 from ssiuu.data.prompts import PromptFormat
+from ssiuu.evaluation.protocol import Protocol
 from ssiuu.options import DiagnoseOptions
+from ssiuu.runs.folder import Run
 from tests.support.models import other_weights, tiny_model
 
-FACTS = [
-    Fact(f"question {i}", answer) for i, answer in enumerate(["Paris", "Hamlet by Shakespeare", "Rome", "a b c", "x"])
-]
+ANSWERS = ("PARIS", "HAMLET BY SHAKESPEARE", "ROME", "A B C", "X")
+FACTS = [Fact(f"question {i}", answer, (ANSWERS[i - 1], f"{answer[:1]} OR SO")) for i, answer in enumerate(ANSWERS)]
 
 
 def tokenizer():
     """A tokenizer whose tokens are characters."""
     characters = {chr(i): i - 31 for i in range(32, 91)} | {"\n": 0}
     raw = Tokenizer(models.WordLevel(characters, unk_token=" "))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("", "isolated")]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=" ", pad_token="\n")
 
 
@@ -58,19 +65,98 @@ def family(tmp_path):
 def test_run_folders_get_what_the_models_give(family, tmp_path):
     path, original, unlearned = family
     runs = [write_run(tmp_path / f"run{i}", path, model, FACTS) for i, model in enumerate(unlearned)]
-    summaries = diagnose_runs(runs, DiagnoseOptions(batch_size=2))
+    found = diagnose_runs(runs, DiagnoseOptions(batch_size=2, neurons=[5, 20], seed=3))
     prompts = PromptFormat(tokenizer(), 0)
     batch = prompts.collate(prompts.encode_facts(FACTS))
     before = measure_influence(original, [batch])
-    for run, model, summary in zip(runs, unlearned, summaries, strict=True):
+    for run, model, parts in zip(runs, unlearned, found, strict=True):
         expected = variation_by_kind(before, measure_influence(model, [batch]))
         written = load_file(run / "diagnosis.safetensors")
         assert set(written) == {f"{name}.{kind}" for kind in before for name in ("d_plus", "d_minus")}
         for kind, variation in expected.items():
             assert torch.allclose(written[f"d_minus.{kind}"], variation.d_minus, rtol=1e-3, atol=1e-12), kind
-        assert summary == json.loads((run / "diagnosis.json").read_text())
-        assert summary["sum"]["d_plus"] == pytest.approx(summarise(expected)["sum"]["d_plus"], rel=1e-3)
-        assert summary["samples"] == len(FACTS)
+        assert parts == json.loads((run / "diagnosis.json").read_text())
+        assert list(parts) == ["influence", "lens", "ablation", "cka"]
+        assert parts["influence"]["sum"]["d_plus"] == pytest.approx(summarise(expected)["sum"]["d_plus"], rel=1e-3)
+        assert (parts["influence"]["samples"], parts["influence"]["left_out"]) == (len(FACTS), 0)
+        for when, net in (("before", original), ("after", model)):
+            assert parts["lens"][when] == logit_lens(net, prompts, FACTS, seed=3)._asdict()
+        states = (prompt_states(net, prompts, FACTS) for net in (original, model))
+        assert parts["cka"]["forget"] == pytest.approx(cka_by_layer(*states), rel=1e-5)
+        assert parts["cka"]["facts"] == {"forget": len(FACTS)}
+        # Of the run's own D-, which are close to those that are expected, not equal.
+        expected = ablation(model, Protocol(prompts), FACTS, Run(run).variations(), counts=[5, 20], seed=3)
+        assert parts["ablation"].pop("options") == {"target": "prob", "neurons": [5, 20], "seed": 3}
+        assert parts["ablation"] == expected
+
+
+def test_a_part_that_is_there_is_not_made_again(family, tmp_path, monkeypatch):
+    path, _, (model, _) = family
+    run, loaded = write_run(tmp_path / "run", path, model, FACTS), []
+    (parts,) = diagnose_runs([run], DiagnoseOptions(part=["influence", "lens"]))
+    assert list(parts) == ["influence", "lens"]
+    tensors = (run / "diagnosis.safetensors").read_bytes()
+    load_model = diagnose.load_model
+    monkeypatch.setattr(diagnose, "load_model", lambda *given, **how: loaded.append(1) or load_model(*given, **how))
+
+    def of(**options):
+        loaded.clear()
+        (found,) = diagnose_runs([run], DiagnoseOptions(**options))
+        return found, len(loaded)
+
+    assert of(part=["lens", "influence"]) == (parts, 0)
+    found, models = of(part=["ablation"], neurons=[5])  # needs the unlearned model alone
+    assert ({name: found[name] for name in parts}, list(found)[2:], models) == (parts, ["ablation"], 1)
+    found, models = of(part=["lens"], seed=1)
+    assert (found["lens"]["options"], found["influence"], models) == ({"seed": 1}, parts["influence"], 2)
+    assert (run / "diagnosis.safetensors").read_bytes() == tensors
+    found, _ = of(part=["influence"], target="logit")
+    assert (found["influence"]["target"], found["ablation"]["options"]["target"]) == ("logit", "prob")
+    assert (run / "diagnosis.safetensors").read_bytes() != tensors
+
+
+def test_what_an_earlier_version_wrote_is_the_part_influence(family, tmp_path):
+    path, _, (model, _) = family
+    run = write_run(tmp_path / "run", path, model, FACTS)
+    (parts,) = diagnose_runs([run], DiagnoseOptions(part=["influence"]))
+    flat = {name: value for name, value in parts["influence"].items() if name not in ("options", "left_out")}
+    (run / "diagnosis.json").write_text(json.dumps(flat))
+    (found,) = diagnose_runs([run], DiagnoseOptions(part=["influence", "lens"]))
+    assert found["influence"] == {**flat, "options": {"target": "prob"}}
+    assert list(found) == ["influence", "lens"]
+
+
+@pytest.mark.parametrize("target", ["logit", "margin"])
+def test_other_targets(family, tmp_path, monkeypatch, target):
+    path, original, (model, _) = family
+    facts = [*FACTS, Fact("question 9", "BONN", ("BONN ON THE RHINE",))]  # nothing to take its margin against
+    run = write_run(tmp_path / "run", path, model, facts)
+    asked = []
+
+    def best(net, *given):
+        asked.append(torch.equal(net.lm_head.weight, original.lm_head.weight))
+        return best_false_options(net, *given)
+
+    monkeypatch.setattr("ssiuu.analysis.diagnosis.best_false_options", best)
+    (parts,) = diagnose_runs([run], DiagnoseOptions(part=["influence"], target=target, batch_size=2))
+    assert asked == [True] * (target == "margin")  # the original model alone says what to compare with
+    prompts = PromptFormat(tokenizer(), 0)
+    batch = prompts.collate(prompts.encode_facts(facts))
+    if target == "margin":
+        batch = prompts.collate(prompts.encode_facts(FACTS))
+        batch["other_labels"] = labels_of_others(batch["labels"], best_false_options(original, prompts, FACTS))
+    expected = variation_by_kind(*(measure_influence(net, [batch], target=target) for net in (original, model)))
+    summary = parts["influence"]
+    assert summary["sum"] == pytest.approx(summarise(expected)["sum"], rel=1e-3)
+    assert (summary["samples"], summary["left_out"]) == ((5, 1) if target == "margin" else (6, 0))
+
+
+def test_a_part_that_a_model_cannot_take_is_named(family, tmp_path):
+    _, _, (model, _) = family
+    original = save(tiny_model("opt", do_layer_norm_before=False), tmp_path / "opt")
+    run = write_run(tmp_path / "run", original, model, FACTS)
+    with pytest.raises(ValueError, match=r"part 'lens' of the diagnosis: .* has 0 norms .*; choose others with --part"):
+        diagnose_runs([run])
 
 
 def test_runs_share_the_original_only_with_the_same_facts(family, tmp_path, monkeypatch):
@@ -98,6 +184,15 @@ def test_unfinished_run_is_refused_before_any_work(family, tmp_path):
     assert not (runs[0] / "diagnosis.json").exists()
 
 
-def test_batch_size(tmp_path):
-    with pytest.raises(ValueError, match="batch_size=0"):
-        diagnose_runs([tmp_path], DiagnoseOptions(batch_size=0))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0; expected at least 1"),
+        ({"part": ["lens", "lense"]}, "part='lense' is unknown; expected one of influence, lens, ablation, cka"),
+        ({"neurons": [10, 0]}, "neurons=0; expected at least 1"),
+        ({"target": "odds"}, "target='odds' is unknown; expected one of prob, .*, margin"),
+    ],
+)
+def test_options_out_of_range(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose_runs([tmp_path], DiagnoseOptions(**options))
