@@ -18,7 +18,7 @@ from .data.sources import BUILTIN
 # Names that stand for a method and a regularizer.
 PAIRS = {"ssiuu": ("gd", "ssiuu")}
 # Of a diagnosis, in the order in which they are made.
-DIAGNOSIS_PARTS = ("influence", "lens", "ablation", "cka")
+DIAGNOSIS_PARTS = ("influence", "lens", "ablation", "cka", "drift")
 # Where the Trainer can report to, and the packages of which one is needed.
 REPORTERS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -266,8 +266,9 @@ class DiagnoseOptions:
 
     Attributes:
         part: "influence" (D+ and D- of every neuron), "lens" (at which layer the answer is ahead), "ablation" (does the
-            fact come back without the neurons of largest D-) or "cka" (similarity of the states to the original
-            model's); give it again for more. None takes all.
+            fact come back without the neurons of largest D-), "cka" (similarity of the states to the original model's)
+            or "drift" (how attributions move under an attack, which is repeated for it); give it again for more. None
+            takes all but drift.
         batch_size: facts per forward and backward of the attribution.
         target: attributed quantity: "prob" (the paper), "geometric_mean_prob", "log_prob", "logit" (the sum of the
             answer tokens' logits) or "margin" (the answer against the original model's best false option). prob
@@ -275,6 +276,8 @@ class DiagnoseOptions:
             neither.
         neurons: how many are set to zero in the ablation; give it again for more. None takes 10, 100 and 1000.
         seed: of the lens's wrong answers, and of the ablation's random neurons.
+        attack: name of the attack that drift repeats, of a file in the run's attacks/. None takes the harmful one of
+            the smallest fraction and largest learning rate.
         backend: of the kernels: "auto", "reference", "triton" or "native".
     """
 
@@ -283,6 +286,7 @@ class DiagnoseOptions:
     target: str = "prob"
     neurons: list[int] | None = None
     seed: int = 0
+    attack: str | None = None
     backend: str = "auto"
 
     def check(self) -> None:

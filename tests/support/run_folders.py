@@ -6,6 +6,7 @@ import math
 import torch
 from safetensors.torch import save_file
 
+from ssiuu.analysis.drift import drift
 from ssiuu.analysis.influence import KINDS, Variation, summarise
 
 FACT = {"question": "Who wrote Hamlet?", "answer": "William Shakespeare", "subject": "William Shakespeare"}
@@ -129,6 +130,10 @@ def _write_diagnosis(path, strength, layers, width):
             "forget": [1 - 0.1 * strength * i / layers for i in range(layers)],
             "retain": [1 - 0.02 * i / layers for i in range(layers)],
             "facts": {"forget": 12, "retain": 12},
+        },
+        "drift": {
+            "options": {"target": "log_prob", "attack": "harmful-p0.1-wrong-lr1e-05-seed0", "attack_options": {}},
+            **drift(*(torch.randn(3, 500, dtype=torch.float64) ** 3)),
         },
     }
     _write(path / "diagnosis.json", diagnosis)

@@ -50,6 +50,10 @@ class DiagnosedModel:
     advance: Callable[[float], None] | None = None
     original: DiagnosedModel | None = None
 
+    def measure(self, name: str) -> None:
+        """Read a property, to have it without the model."""
+        getattr(self, name)
+
     @cached_property
     def false_options(self) -> list[Encoded | None]:
         """What target "margin" compares each fact's answer with; None for a fact that has nothing to compare with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,19 @@ class Attack(RetrainingOptions):
     fraction: float | None = None
     learning_rate: float | None = None
     seed: int = 0
+
+    @classmethod
+    def recorded(cls, result: Mapping[str, Any]) -> Attack:
+        """The attack that gave this result (`execute`).
+
+        Raises:
+            ValueError: a result of a version in which attacks had no pool.
+        """
+        if "pool" not in result:
+            raise ValueError("is of an earlier version, whose attacks drew their facts otherwise; attack again")
+        own = {name: result[name] for name in ("kind", "fraction", "learning_rate", "seed")}
+        tuning = {} if result["tuning"] is None else {"tuning": result["tuning"]}
+        return cls(**own, **tuning, pool=result["pool"]["name"], **result["options"])
 
     @property
     def what(self) -> AttackKind:

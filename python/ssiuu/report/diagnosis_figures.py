@@ -1,4 +1,4 @@
-"""Figures of a diagnosis beside influence: logit lens, ablation, similarity of states."""
+"""Figures of a diagnosis beside influence: logit lens, ablation, similarity of states, drift under an attack."""
 
 from __future__ import annotations
 
@@ -93,6 +93,61 @@ def cka_curves(records: Sequence[RunRecord]) -> Figure | None:
     axes[0, 0].set_ylim(top=1.01)
     method_legend(figure, records)
     return figure
+
+
+def drift_panels(records: Sequence[RunRecord]) -> Figure | None:
+    """Attributions before unlearning, after it and after an attack: their distribution, and their correlations."""
+    records = [record for record in records if record.drift]
+    if not records:
+        return None
+    figure, axes = new_figure(len(records), 2, (10, 0.8 + 2.6 * len(records)), width_ratios=(1.6, 1))
+    for (left, right), record in zip(axes, records, strict=True):
+        _distributions(left, record)
+        _correlations(right, record)
+    axes[-1, 0].set_xlabel("attribution (logarithmic on both sides of 0)")
+    return figure
+
+
+def _distributions(ax: Axes, record: RunRecord) -> None:
+    histogram = record.drift["histogram"]
+    edges = histogram["edges"]
+    styles = {
+        "original": {"color": FAINT, "linewidth": 1.6},
+        "unlearned": {"color": record.color},
+        "attacked": {"color": record.color, "linestyle": "--"},
+    }
+    for name, style in styles.items():
+        ax.stairs(histogram[name], range(len(edges)), label=name, baseline=None, **style)
+    middle = len(edges) // 2
+    ticks = (0, middle // 2, middle, middle + middle // 2 + 1, len(edges) - 1)
+    ax.set_xticks(ticks, [f"{edges[tick]:.0e}" if edges[tick] else "0" for tick in ticks])
+    ax.set_ylim(0, 1.25 * max(max(histogram[name]) for name in styles))  # room for the legend
+    ax.set_ylabel("share of neurons")
+    ax.set_title(f"{record.label}: attributions ({record.drift['options']['target']})")
+    ax.legend(loc="upper center", ncols=3, fontsize=9)
+
+
+def _correlations(ax: Axes, record: RunRecord) -> None:
+    pairs = {
+        "unlearned_attacked": "unlearned,\nattacked",
+        "original_unlearned": "original,\nunlearned",
+        "original_attacked": "original,\nattacked",
+    }
+    for index, (name, hatch) in enumerate((("pearson", ""), ("spearman", "///"))):
+        values = [record.drift[name][pair] or 0.0 for pair in pairs]
+        places = [place + (index - 0.5) * 0.38 for place in range(len(pairs))]
+        face = "white" if hatch else record.color
+        ax.barh(places, values, 0.36, facecolor=face, edgecolor=record.color, hatch=hatch, label=name.capitalize())
+        for place, value in zip(places, values, strict=True):
+            ax.text(max(value, 0) + 0.02, place, f"{value:.2f}", va="center", fontsize=9)
+    ax.set_yticks(range(len(pairs)), pairs.values())
+    ax.invert_yaxis()
+    ax.set_xlim(min(0, ax.get_xlim()[0]), 1.25)
+    ax.set_xticks((0, 0.5, 1))
+    ax.axvline(0, color=FAINT, linewidth=0.8)
+    ax.grid(False, axis="y")
+    ax.set_title("correlation")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=9)
 
 
 def _mark_level(ax: Axes, level: float, text: str) -> None:

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from ..analysis.influence import KINDS, TOP
 from ..attacks.kinds import AttackGroup, get_kind
 from ..runs.read import RunRecord
-from .diagnosis_figures import ablation_bars, cka_curves, lens_curves
+from .diagnosis_figures import ablation_bars, cka_curves, drift_panels, lens_curves
 from .groups import attack_groups, attacks_in, mean_curve
 from .style import FAINT, STYLE, from_zero, line_of, method_legend, new_figure, whole_numbers
 
@@ -30,6 +30,7 @@ def draw_all(records: Sequence[RunRecord]) -> dict[str, Figure]:
             "lens": lens_curves(records),
             "ablation": ablation_bars(records),
             "cka": cka_curves(records),
+            "drift": drift_panels(records),
             "attacks": attack_curves(records),
             "training": training_curves(records),
         }

@@ -36,6 +36,9 @@ CAPTIONS = {
     "cka": "Similarity (debiased linear CKA) of the states at the last token of the prompt with those of the original "
     "model, layer by layer. Lower on the forget prompts than on the retain prompts means a change that is aimed at the "
     "forgotten facts.",
+    "drift": "Attributions of all neurons to the answer before unlearning, after it, and after an attack, and how they "
+    "correlate. A model that hides falls back under an attack: its attributions move, and towards those of the "
+    "original model.",
     "attacks": "Attacks that train, scored on facts that they do not train on. Thin: one learning rate and seed; "
     "thick: their mean. Lower is more robust. "
     "The dashed line is the original model over all forget facts.",
@@ -136,6 +139,7 @@ def as_json(records: Sequence[RunRecord]) -> dict:
                 "lens": record.lens,
                 "ablation": record.ablation,
                 "cka": record.cka,
+                "drift": record.drift,
             }
             for record in records
         ],

@@ -30,7 +30,7 @@ class RunRecord:
             today's form.
         diagnosis: the part influence of diagnosis.json; None where not run.
         variations: kind -> `Variation` of `[layers, width]`; None where not run.
-        lens, ablation, cka: the other parts; None where not run.
+        lens, ablation, cka, drift: the other parts; None where not run.
         label: what tables and legends call the run: its method, and its folder where several share a method.
         color: of the run's method, the same in every figure and table.
         style: 0 for the first run of a colour, 1 for the second...
@@ -47,6 +47,7 @@ class RunRecord:
     lens: dict | None
     ablation: dict | None
     cka: dict | None
+    drift: dict | None
     label: str = field(default="")
     color: str = field(default="")
     style: int = 0
@@ -114,6 +115,7 @@ def _read_run(path: Path) -> RunRecord:
         lens=diagnosis.get("lens"),
         ablation=diagnosis.get("ablation"),
         cka=diagnosis.get("cka"),
+        drift=diagnosis.get("drift"),
     )
 
 

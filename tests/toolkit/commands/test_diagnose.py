@@ -1,7 +1,7 @@
 """Diagnosing finished runs of tiny models, against the measurements of the models themselves."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,15 +11,19 @@ from transformers import PreTrainedTokenizerFast
 
 from ssiuu.analysis.ablation import ablation
 from ssiuu.analysis.distractors import best_false_options, labels_of_others
+from ssiuu.analysis.drift import drift, mean_attributions
 from ssiuu.analysis.influence import summarise, variation_by_kind
 from ssiuu.analysis.logit_lens import logit_lens
 from ssiuu.analysis.measure import measure_influence
 from ssiuu.analysis.similarity import cka_by_layer, prompt_states
-from ssiuu.commands import diagnose
+from ssiuu.attacks.attack import Attack
+from ssiuu.commands import attack, diagnose
+from ssiuu.commands.attack import attack_run
 from ssiuu.commands.diagnose import diagnose_runs
 from ssiuu.data.facts import Fact
 from ssiuu.data.prompts import PromptFormat
 from ssiuu.evaluation.protocol import Protocol
+from ssiuu.models.load import load_model
 from ssiuu.options import DiagnoseOptions
 from ssiuu.runs.folder import Run
 from tests.support.models import other_weights, tiny_model
@@ -196,3 +200,70 @@ def test_unfinished_run_is_refused_before_any_work(family, tmp_path):
 def test_options_out_of_range(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         diagnose_runs([tmp_path], DiagnoseOptions(**options))
+
+
+ATTACK = Attack("harmful", 0.5, 1e-2, pool="all", steps=3, evaluate_every=3)
+
+
+def attacked_by(run, monkeypatch, *attacks):
+    """Attack the run, and keep the models that the attacks leave, in their order."""
+    kept = []
+    monkeypatch.setattr(attack, "load_model", lambda *given, **how: kept.append(load_model(*given, **how)) or kept[-1])
+    attack_run(run.path, attacks)
+    return [model for model, _ in kept[1:]]  # the first one was scored alone
+
+
+def test_drift_is_that_of_the_attack_s_own_model(run, monkeypatch):
+    benign = Attack("benign", None, 1e-2, pool="all", steps=2, evaluate_every=2)
+    models = attacked_by(run, monkeypatch, replace(ATTACK, fraction=0.6, learning_rate=0.1), ATTACK, benign)
+    original = load_model(run.read("config.json")["model"])[0]
+    unlearned, tokenizer = load_model(run.model)
+    prompts = PromptFormat(tokenizer, 0)
+    batch = prompts.collate(prompts.encode_facts(run.split().forget))
+
+    def expected(attacked):
+        found = (measure_influence(net, [batch], target="logit") for net in (original, unlearned, attacked))
+        return drift(*map(mean_attributions, found))["pearson"]
+
+    for name, attacked in ((None, models[1]), (benign.name, models[2])):
+        (parts,) = diagnose_runs([run.path], DiagnoseOptions(part=["drift"], target="logit", attack=name))
+        assert list(parts) == ["drift"]
+        assert parts["drift"]["pearson"] == pytest.approx(expected(attacked), abs=1e-4)
+        chosen = benign if name else ATTACK
+        assert parts["drift"]["options"] == {
+            "target": "logit", "attack": chosen.name, "attack_options": chosen.options
+        }  # fmt: skip
+    assert expected(models[1]) != pytest.approx(expected(models[2]), abs=1e-3)
+
+
+def test_drift_shares_what_influence_measures(run, monkeypatch):
+    attacked_by(run, monkeypatch, ATTACK)
+    passes = []
+    monkeypatch.setattr(
+        "ssiuu.analysis.diagnosis.measure_influence",
+        lambda *given, **how: passes.append(1) or measure_influence(*given, **how),
+    )
+    (parts,) = diagnose_runs([run.path], DiagnoseOptions(part=["drift", "influence"]))
+    assert list(parts) == ["influence", "drift"]
+    assert len(passes) == 3
+    diagnose_runs([run.path], DiagnoseOptions(part=["drift", "influence"]))
+    assert len(passes) == 3
+
+
+def test_an_attack_that_drift_cannot_repeat(run, monkeypatch):
+    def message_of(**options):
+        with pytest.raises(ValueError, match="part 'drift'") as error:
+            diagnose_runs([run.path], DiagnoseOptions(part=["drift"], **options))
+        assert not (run.path / "diagnosis.json").exists()
+        return str(error.value)
+
+    assert "has no harmful one; run `ssiuu attack` first" in message_of()
+    assert "has no attacks/harmful.json" in message_of(attack="harmful")
+    attacked_by(run, monkeypatch, ATTACK)
+    result = run.read(f"attacks/{ATTACK.name}.json")
+    run.write("attacks/old.json", {name: value for name, value in result.items() if name != "pool"})
+    run.write("attacks/adapted.json", {**result, "tuning": "lora"})
+    run.write("attacks/rounded.json", {**result, "kind": "quantised", "tuning": None, "fraction": None, "options": {}})
+    assert "is of an earlier version" in message_of(attack="old")
+    for name in ("adapted", "rounded"):
+        assert "expected an attack that trains all parameters" in message_of(attack=name)

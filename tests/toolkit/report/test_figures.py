@@ -12,7 +12,7 @@ from tests.support.run_folders import attack_result, write_run
 def test_every_figure_is_drawn_though_a_run_has_no_data_for_some(runs, tmp_path):
     bare = write_run(tmp_path / "bare", "ssiuu", attacks=False, diagnosis=False)
     found = draw_all(read_runs([runs[0], bare]))
-    assert set(found) == {"overview", "influence", "modules", "lens", "ablation", "cka", "attacks", "training"}
+    assert set(found) == {"overview", "influence", "modules", "lens", "ablation", "cka", "drift", "attacks", "training"}
 
 
 def test_an_attack_that_does_not_train_has_no_curve(tmp_path):
@@ -41,7 +41,7 @@ def test_runs_of_one_method_share_a_colour_and_differ_in_the_line(tmp_path):
 
 def test_parts_of_a_diagnosis_are_drawn_by_themselves(tmp_path):
     """Also where no fact could be compared, a set was too small, or facts have no options."""
-    names = ("influence", "lens", "ablation", "cka")
+    names = ("influence", "lens", "ablation", "cka", "drift")
     for part in names:
         run = write_run(tmp_path / part, "gd", attacks=False)
         diagnosis = json.loads((run / "diagnosis.json").read_text())
@@ -49,7 +49,7 @@ def test_parts_of_a_diagnosis_are_drawn_by_themselves(tmp_path):
         drawn = set(draw_all(read_runs([run])))
         assert drawn == {"training"} | ({"overview", "influence", "modules"} if part == "influence" else {part})
     diagnosis["lens"]["after"] = {"share": [], "compared": 0, "left_out": 12}
-    del diagnosis["influence"], diagnosis["cka"]["retain"]
+    del diagnosis["influence"], diagnosis["drift"], diagnosis["cka"]["retain"]
     for scores in (diagnosis["ablation"]["none"], *(s for p in diagnosis["ablation"]["ablated"] for s in p.values())):
         if isinstance(scores, dict):
             del scores["margin"]

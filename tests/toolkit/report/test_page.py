@@ -14,7 +14,7 @@ from ssiuu.report.table import summary_table, table_rows
 from ssiuu.runs.read import read_runs
 from tests.support.run_folders import write_run
 
-FIGURES = {"overview", "influence", "modules", "lens", "ablation", "cka", "attacks", "training"}
+FIGURES = {"overview", "influence", "modules", "lens", "ablation", "cka", "drift", "attacks", "training"}
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -92,7 +92,7 @@ def test_numbers_in_json(runs, written):
     assert first["seconds"] == pytest.approx(6.0)
     written = json.loads((runs[0] / "diagnosis.json").read_text())
     assert first["diagnosis"] == written["influence"]
-    assert all(first[name] == written[name] for name in ("lens", "ablation", "cka"))
+    assert all(first[name] == written[name] for name in ("lens", "ablation", "cka", "drift"))
 
 
 def test_parts_not_run_are_marked(tmp_path):
