@@ -77,9 +77,16 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
         method: name of a method (`ssiuu methods` lists them), or "ssiuu", which is gd with the regularizer ssiuu.
         regularizer: name of a regularizer, which goes on top of the method.
         facts: source of facts with subjects, split by person: "builtin", a .jsonl file or a datasets name; None where
-            forget and retain are given.
+            forget and retain, or data, are given.
         forget: source of the facts to forget, with retain; instead of facts.
         retain: source of the facts to keep, with forget; instead of facts.
+        data: a benchmark with its own sets: "faithun", or "tofu-forget01", "tofu-forget05", "tofu-forget10", and
+            "tofu-forget01-perturbed" and so on for the sets that have options; instead of facts.
+        data_from: where data is: for "faithun" a folder with FaithUn_Dataset.json and its index files; for TOFU a
+            folder with forget01.jsonl and so on, or a datasets name, by default "locuslab/TOFU".
+        extra: another set of data for `ssiuu evaluate` to score; give it again for more. "faithun": paraphrases,
+            multi_hop, same_object, about the facts to forget. TOFU: holdout, real_authors, world_facts. None takes
+            those that are there.
         forget_people: people to forget, drawn from facts.
         retain_people: people to keep, drawn from facts.
         known_probability: keep only facts that the model answers with at least this probability; None keeps all.
@@ -115,6 +122,9 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
     facts: str | None = BUILTIN
     forget: str | None = None
     retain: str | None = None
+    data: str | None = None
+    data_from: str | None = None
+    extra: list[str] | None = None
     forget_people: int = 4
     retain_people: int = 12
     known_probability: float | None = None
@@ -162,8 +172,7 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
         check_weights_dtype(self.dtype)
         if self.engine not in ENGINES:
             raise ValueError(f"engine={self.engine!r} is unknown; expected one of {', '.join(ENGINES)}")
-        if (self.facts is None) != (self.forget is not None and self.retain is not None):
-            raise ValueError("give either facts, or forget and retain; expected one source of both sets")
+        _check_sources(self)
         for name in ("max_steps", "accumulate", "evaluate_every", "forget_people", "retain_people", "evaluation_facts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
@@ -301,16 +310,18 @@ class DiagnoseOptions:
                 raise ValueError(f"neurons={count}; expected at least 1")
 
 
+# The ways to name the facts of a run; each replaces the others.
+_SOURCES = (("facts",), ("forget", "retain"), ("data", "data_from", "extra"))
+
+
 def replacing_sets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, in which facts take the place of forget and retain, or these that of facts.
+    """The values, in which facts, forget and retain, or data take the place of the two others.
 
     So a source on the command line replaces the one of a file, or the default.
     """
-    if values.get("facts") is not None:
-        return {"forget": None, "retain": None, **values}
-    if values.get("forget") is not None or values.get("retain") is not None:
-        return {"facts": None, **values}
-    return dict(values)
+    given = [names for names in _SOURCES if any(values.get(name) is not None for name in names)]
+    others = {name: None for names in _SOURCES if given and names not in given for name in names}
+    return {**others, **values}
 
 
 def check_learning_rate(rate: float) -> None:
@@ -326,6 +337,19 @@ def check_weights_dtype(dtype: str) -> None:
             "dtype='float16' cannot be trained: AdamW's eps and second moments vanish in it; "
             "use --dtype bfloat16, or float32 with --bf16"
         )
+
+
+def _check_sources(options: UnlearnOptions) -> None:
+    from .data.registry import get_data_set
+
+    both = [options.forget, options.retain]
+    if sum([options.facts is not None, both != [None, None], options.data is not None]) != 1 or both.count(None) == 1:
+        raise ValueError("give either facts, or forget and retain, or data; expected one source of both sets")
+    if options.data is not None:
+        get_data_set(options.data)
+    elif options.data_from is not None or options.extra is not None:
+        name = "data_from" if options.data_from is not None else "extra"
+        raise ValueError(f"{name} is given without data; give data too, or leave {name} out")
 
 
 def _check_reporter(name: str) -> None:

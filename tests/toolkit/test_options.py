@@ -218,7 +218,7 @@ BAD = {
     ),
     "an engine": ("engine='one' is unknown", {"engine": "one"}),
     "no steps": ("max_steps=0; expected at least 1", {"max_steps": 0}),
-    "two sources": ("give either facts, or forget and retain", {"forget": "f", "retain": "r"}),
+    "two sources": ("give either facts, or forget and retain, or data", {"forget": "f", "retain": "r"}),
     "a rate": ("learning_rate=inf; expected a positive number", {"learning_rate": math.inf}),
 }
 

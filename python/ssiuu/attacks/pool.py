@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from ..data.facts import Fact, all_have_options
+from ..data.facts import Fact, judged_by_choice
 from ..evaluation.likelihood import FactScores
 
 POOLS = {
@@ -69,7 +69,7 @@ class Pool(NamedTuple):
 
 def judges_right_or_wrong(facts: Sequence[Fact], scoring: str) -> bool:
     """Whether a run with this scoring calls an answer right or wrong, which ROUGE-L recall does not."""
-    return scoring != "rouge" and all_have_options(facts)
+    return judged_by_choice(facts) if scoring == "auto" else scoring != "rouge"
 
 
 def number_of(fraction: float, size: int) -> int:

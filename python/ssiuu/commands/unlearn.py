@@ -13,8 +13,18 @@ from transformers import PreTrainedModel, set_seed
 
 import ssiuu_kernels as sk
 
-from ..data.facts import Fact, Split, all_have_options, check_split, load_facts, split_by_subject
+from ..data.facts import (
+    Fact,
+    FactSets,
+    Split,
+    check_not_empty,
+    check_split,
+    judged_by_choice,
+    load_facts,
+    split_by_subject,
+)
 from ..data.prompts import Encoded, PromptFormat
+from ..data.registry import get_data_set
 from ..evaluation.known import known_facts
 from ..evaluation.likelihood import chance
 from ..evaluation.protocol import Protocol
@@ -61,8 +71,8 @@ def unlearn(
     options.check()
     method, regularizer = make(options)
     refuse_launchers()
-    chosen = split or choose_split(options)
-    if options.stop_margin and not all_have_options(chosen.forget):
+    chosen, extra = FactSets(split, {}) if split else choose_facts(options)
+    if options.stop_margin and not judged_by_choice(chosen.forget):
         raise ValueError(
             f"stop_margin={options.stop_margin} with forget facts that have no options, and so no margin; leave "
             "--stop-margin out: they leave the loss at the run's threshold"
@@ -78,7 +88,7 @@ def unlearn(
             chosen = _known(model, protocol, chosen, options.known_probability)
         data = _data(protocol.prompts, chosen, options)
         schedule = _schedule(data, method.companions(data), options)
-        for facts in chosen:
+        for facts in (*chosen, *extra.values()):
             protocol.prompts.encode_options(facts)  # refuses what does not fit the model, before anything is written
         _train_only(model, method.parameters(model))
         patch = {"scope": "all", "engine": options.engine, **regularizer.patch_options(len(chosen.forget))}
@@ -88,6 +98,7 @@ def unlearn(
             regularizer.setup(model, handle, method, data)
             run.start(config)
             run.write_split(chosen)
+            run.write_extra(extra)
             if not (run.path / "evaluation.json").is_file():
                 run.write("evaluation.json", {"before": evaluate_split(model, protocol, chosen, name="score before")})
             _train(model, handle, method, regularizer, protocol, schedule, chosen, options, run)
@@ -99,15 +110,19 @@ def unlearn(
         return run
 
 
-def choose_split(options: UnlearnOptions) -> Split:
+def choose_facts(options: UnlearnOptions) -> FactSets:
     """The sets that the options name.
 
     Raises:
         ValueError: an empty or malformed set, people in two sets.
+        FileNotFoundError: a file or folder that is not there.
     """
+    if options.data is not None:
+        return get_data_set(options.data).load(options.data_from, options.extra)
     if options.facts is not None:
-        return split_by_subject(load_facts(options.facts), options.forget_people, options.retain_people, options.seed)
-    return check_split(Split(load_facts(options.forget), load_facts(options.retain), []))
+        facts = load_facts(options.facts)
+        return FactSets(split_by_subject(facts, options.forget_people, options.retain_people, options.seed), {})
+    return FactSets(check_split(Split(load_facts(options.forget), load_facts(options.retain), [])), {})
 
 
 def _config(options: UnlearnOptions, regularizer: Regularizer) -> dict[str, Any]:
@@ -124,7 +139,7 @@ def _known(model: PreTrainedModel, protocol: Protocol, split: Split, least: floa
         for facts in split:
             scores = protocol.score(model, facts, progress=bar.advance) if facts else None
             parts.append(known_facts(scores, facts, least) if facts else [])
-    return check_split(Split(*parts))
+    return check_not_empty(Split(*parts))
 
 
 def _data(prompts: PromptFormat, split: Split, options: UnlearnOptions) -> UnlearnData:
@@ -164,7 +179,7 @@ def _train(
 ) -> None:
     threshold = options.threshold
     if threshold is None:
-        threshold = chance(split.forget) if all_have_options(split.forget) else ROUGE_THRESHOLD
+        threshold = chance(split.forget) if judged_by_choice(split.forget) else ROUGE_THRESHOLD
     watched = _sample(split.retain, options.evaluation_facts, options.seed)
     arguments = training_arguments(
         run.checkpoints,

@@ -22,17 +22,25 @@ class Fact:
         false_options: wrong answers of the same kind; empty where the answer is free text (TOFU), which is then judged
             by ROUGE-L recall instead of by choice.
         subject: the person; None where the data does not say.
+        paraphrase: the answer in other words, where the false options are worded like it rather than like the answer
+            (TOFU's perturbed sets): then it is the true option. None where the answer is.
     """
 
     question: str
     answer: str
     false_options: tuple[str, ...] = ()
     subject: str | None = None
+    paraphrase: str | None = None
+
+    @property
+    def true_option(self) -> str:
+        """The option that is right."""
+        return self.answer if self.paraphrase is None else self.paraphrase
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The true answer, then the false ones."""
-        return (self.answer, *self.false_options)
+        """The true option, then the false ones."""
+        return (self.true_option, *self.false_options)
 
 
 class Split(NamedTuple):
@@ -43,13 +51,26 @@ class Split(NamedTuple):
     test: list[Fact]
 
 
+class FactSets(NamedTuple):
+    """What a data set gives to a run.
+
+    Attributes:
+        split: the sets that the run forgets, keeps, and tests on.
+        extra: name -> facts of further sets, which `ssiuu evaluate` scores.
+    """
+
+    split: Split
+    extra: dict[str, list[Fact]]
+
+
 def load_facts(source: str | Path) -> list[Fact]:
     """Read facts.
 
     Args:
         source: "builtin" (the embedded people), the path of a .jsonl file, or a `datasets` name as "name" or
-            "name:configuration" (its "train" split). A row has question and answer, and optionally false_options (or
-            TOFU's perturbed_answer) and subject.
+            "name:configuration" (its "train" split). A row has question and answer, and optionally false_options,
+            subject and paraphrase; TOFU's names for false_options and paraphrase, perturbed_answer and
+            paraphrased_answer, are read too.
 
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -58,18 +79,24 @@ def load_facts(source: str | Path) -> list[Fact]:
     """
     facts = []
     for where, row in read_rows(source, "facts.jsonl"):
-        facts.append(_as_fact(row, where))
+        facts.append(as_fact(row, where))
         if bool(facts[-1].false_options) != bool(facts[0].false_options):
             raise ValueError(
                 f"{where}, field 'false_options' is {list(facts[-1].false_options)}, unlike that of the first row; "
                 "expected options in every row (scored by choice) or in none (scored by ROUGE-L recall)"
+            )
+        if (facts[-1].paraphrase is None) != (facts[0].paraphrase is None):
+            raise ValueError(
+                f"{where}, field 'paraphrase' is {facts[-1].paraphrase!r}, unlike that of the first row; "
+                "expected a paraphrase in every row or in none"
             )
     if not facts:
         raise ValueError(f"facts {source} has no rows; expected at least one")
     return facts
 
 
-def _as_fact(row: object, where: str) -> Fact:
+def as_fact(row: object, where: str) -> Fact:
+    """The fact of one row, as `load_facts` reads it; `where` is its place, which errors name."""
     if not isinstance(row, dict):
         raise ValueError(f"{where} is a {type(row).__name__}; expected an object with question and answer")
     for field in ("question", "answer"):
@@ -80,17 +107,20 @@ def _as_fact(row: object, where: str) -> Fact:
         raise ValueError(f"{where}, field 'false_options' is {options!r}; expected a list of texts")
     for option in options:
         check_text(option, "false_options", where)
-    if _bare(row["answer"]) in map(_bare, options):
-        raise ValueError(f"{where}, field 'false_options' contains the answer {row['answer']!r}; remove it")
-    if not options and not words(row["answer"]):
+    paraphrase, subject = row.get("paraphrase", row.get("paraphrased_answer")), row.get("subject")
+    for field, text in (("paraphrase", paraphrase), ("subject", subject)):
+        if text is not None:
+            check_text(text, field, where)
+    for true in (row["answer"], paraphrase):
+        if true is not None and _bare(true) in map(_bare, options):
+            raise ValueError(f"{where}, field 'false_options' contains the answer {true!r}; remove it")
+    fact = Fact(row["question"], row["answer"], tuple(options), subject, paraphrase)
+    if not judged_by_choice([fact]) and not words(row["answer"]):
         raise ValueError(
             f"{where}, field 'answer' is {row['answer']!r}, without a letter or digit; ROUGE-L, which scores answers "
             "without false_options, finds no word in it: give options, or leave the row out"
         )
-    subject = row.get("subject")
-    if subject is not None:
-        check_text(subject, "subject", where)
-    return Fact(row["question"], row["answer"], tuple(options), subject)
+    return fact
 
 
 def _bare(text: str) -> str:
@@ -142,26 +172,43 @@ def split_by_subject(facts: Sequence[Fact], forget_people: int, retain_people: i
     )  # fmt: skip
 
 
-def check_split(split: Split) -> Split:
+def check_split(split: Split, shared: Sequence[str] = ("subject", "question")) -> Split:
     """`split` if forget and retain have facts and no person is in two sets.
+
+    Args:
+        shared: what no two sets may share. Benchmarks with a split of their own may have a person in two sets.
 
     Raises:
         ValueError: an empty forget or retain set, or a shared person or question.
     """
+    check_not_empty(split)
+    for i, first in enumerate(Split._fields):
+        for second in Split._fields[i + 1 :]:
+            for field in shared:
+                found = {getattr(f, field) for f in split[i]} & {getattr(f, field) for f in getattr(split, second)}
+                found.discard(None)
+                if found:
+                    raise ValueError(
+                        f"the {first} and the {second} set share the {field} {min(found)!r}"
+                        f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}; give each to one set"
+                    )
+    return split
+
+
+def check_not_empty(split: Split) -> Split:
+    """`split`; a ValueError if its forget or its retain set is empty."""
     for name in ("forget", "retain"):
         if not getattr(split, name):
             raise ValueError(f"the {name} set is empty; expected at least one fact")
-    for i, first in enumerate(Split._fields):
-        for second in Split._fields[i + 1 :]:
-            for field in ("subject", "question"):
-                shared = {getattr(f, field) for f in split[i]} & {getattr(f, field) for f in getattr(split, second)}
-                shared.discard(None)
-                if shared:
-                    raise ValueError(
-                        f"the {first} and the {second} set share the {field} {min(shared)!r}"
-                        f"{f' and {len(shared) - 1} more' if len(shared) > 1 else ''}; give each to one set"
-                    )
     return split
+
+
+def judged_by_choice(facts: Iterable[Fact]) -> bool:
+    """Whether facts are judged by choice among options where nothing else is asked for, instead of by ROUGE-L recall.
+
+    Facts with a paraphrase have options, but their answers are free text, which their benchmark judges by ROUGE-L.
+    """
+    return all(fact.false_options and fact.paraphrase is None for fact in facts)
 
 
 def all_have_options(facts: Iterable[Fact]) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 BUILTIN = "builtin"
 PACKED = {"gzip": b"\x1f\x8b", "zip": b"PK\x03\x04", "parquet": b"PAR1", "zstandard": b"\x28\xb5\x2f\xfd"}
+T = TypeVar("T")
 
 
 def read_rows(source: str | Path, embedded: str) -> Iterable[tuple[str, object]]:
@@ -36,14 +38,37 @@ def read_rows(source: str | Path, embedded: str) -> Iterable[tuple[str, object]]
     return _read_dataset(str(source))
 
 
-def _parse(content: bytes, name: str) -> Iterable[tuple[str, object]]:
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a packed file, or text that is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    return _decoded(path.read_bytes(), str(path), "UTF-8 text")
+
+
+def dataset_configurations(name: str) -> list[str]:
+    """The configurations of a `datasets` name; a ValueError if it cannot be reached."""
+    import datasets
+
+    return _reached(name, lambda: datasets.get_dataset_config_names(name))
+
+
+def _decoded(content: bytes, name: str, expected: str) -> str:
     for kind, magic in PACKED.items():
         if content.startswith(magic):
-            raise ValueError(f"{name} is a {kind} file; expected JSON Lines as UTF-8 text: convert it first")
+            raise ValueError(f"{name} is a {kind} file; expected {expected}: convert it first")
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _parse(content: bytes, name: str) -> Iterable[tuple[str, object]]:
+    text = _decoded(content, name, "JSON Lines as UTF-8 text")
     return _parse_array(text, name) if text.lstrip().startswith("[") else _parse_lines(text, name)
 
 
@@ -71,15 +96,21 @@ def _read_dataset(source: str) -> Iterable[tuple[str, object]]:
     import datasets  # takes seconds to import, and most runs need no dataset
 
     name, _, configuration = source.partition(":")
+    rows = _reached(source, lambda: datasets.load_dataset(name, configuration or None, split="train"))
+    for number, row in enumerate(rows, 1):
+        yield f"{source}, row {number}", row
+
+
+def _reached(source: str, load: Callable[[], T]) -> T:
+    import datasets
+
     try:
-        rows = datasets.load_dataset(name, configuration or None, split="train")
+        return load()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{source} could not be loaded: {textwrap.shorten(str(error), 300)}; "
             "expected a .jsonl file, a datasets name or 'builtin'"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{source}, row {number}", row
 
 
 def check_text(value: object, field: str, where: str) -> None:

@@ -81,7 +81,7 @@ def generation_accuracy(model: PreTrainedModel, prompts: PromptFormat, facts: Se
     room = room_for([sample.answer for sample in prompts.encode_options(facts)], CHOICE_TOKENS)
     with eval_mode(model):
         answers = generate(model, prompts, texts, new_tokens=room)
-    right = [chosen_option(a, fact.options) == fact.answer for a, fact in zip(answers, facts, strict=True)]
+    right = [chosen_option(a, fact.options) == fact.true_option for a, fact in zip(answers, facts, strict=True)]
     return sum(right) / len(right)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssiuu_kernels import sequence_log_probs
 
-from ..data.facts import Fact, all_have_options
+from ..data.facts import Fact, judged_by_choice
 from ..data.prompts import Encoded, PromptFormat
 from .mode import eval_mode
 
@@ -25,10 +25,10 @@ class FactScores(NamedTuple):
     """Scores of each of N facts, float32 `[N]`.
 
     Attributes:
-        score: 1 where the true answer has a higher log-likelihood per token than every false option, else 0; for facts
-            without options, ROUGE-L recall of the generated answer.
+        score: 1 where the true option has a higher log-likelihood per token than every false one, else 0; for facts
+            that are not judged by choice (`judged_by_choice`), ROUGE-L recall of the generated answer.
         probability: `P(y|x)` of the true answer.
-        margin: log-likelihood per token of the true answer, less that of the best false option; NaN without options.
+        margin: log-likelihood per token of the true option, less that of the best false one; NaN without choice.
     """
 
     score: Tensor
@@ -57,21 +57,21 @@ def score_facts(
     """Score facts as `FactScores` says, in eval mode and without gradients; the model's mode is restored.
 
     Args:
-        facts: all with options, or all without.
+        facts: all judged by choice, or none.
         batch_size: sequences per forward.
         progress: called with the number of facts done since the last call.
     """
-    options = all_have_options(facts)
-    counts = [len(fact.options) for fact in facts]
+    choice = judged_by_choice(facts)
+    counts = [len(fact.options) if choice else 1 for fact in facts]
     # Writing the answers takes most of the time where there are no options, and choosing takes all of it elsewhere.
-    chosen, written = (progress, None) if options else (None, progress)
+    chosen, written = (progress, None) if choice else (None, progress)
     with eval_mode(model):
-        encoded = prompts.encode_options(facts)
+        encoded = prompts.encode_options(facts) if choice else prompts.encode_facts(facts)
         log_probs, lengths = log_probs_and_lengths(model, prompts, encoded, batch_size, chosen and _per(chosen, counts))
         by_fact = zip(log_probs.split(counts), lengths.split(counts), strict=True)
         probability, margin = zip(*[_probability_and_margin(s, n) for s, n in by_fact], strict=True)
         probability, margin = torch.stack(probability), torch.stack(margin)
-        if options:
+        if choice:
             score = (margin > 0).float()
         else:
             from .rouge import rouge_recall  # loads transformers and nltk, for which a list of methods should not wait

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
@@ -12,13 +12,14 @@ from .generation import generation_accuracy
 from .likelihood import FactScores
 from .protocol import Protocol
 
-# Names of the mean score; other means are named after their set, as in "forget_probability".
+# Names of the mean score, elsewhere "same_object_score"; other means are all named so, as in "forget_probability".
 SCORE_NAMES = {"forget": "fs", "retain": "rs", "unseen": "unseen_fs"}
 
 
 def named_means(scores: FactScores, which: str) -> dict[str, float]:
-    """Means of the scores of a set (forget, retain, unseen) under the names of metrics and reports."""
-    return {SCORE_NAMES[which] if name == "score" else f"{which}_{name}": v for name, v in scores.means().items()}
+    """Means of the scores of a set (forget, retain, unseen, or an extra one) under the names of metrics and reports."""
+    score = SCORE_NAMES.get(which, f"{which}_score")
+    return {score if name == "score" else f"{which}_{name}": value for name, value in scores.means().items()}
 
 
 def evaluate_sets(
@@ -37,6 +38,23 @@ def evaluate_sets(
     for which, facts in (("forget", forget), ("retain", retain)):
         if facts:
             found |= named_means(protocol.score(model, facts, progress=progress), which)
+    return found
+
+
+def evaluate_extra(
+    model: PreTrainedModel, protocol: Protocol, extra: Mapping[str, Sequence[Fact]], *, name: str
+) -> dict[str, float]:
+    """The scores of further sets by their names, such as "same_object_score"; see `named_means`.
+
+    Args:
+        name: of the bar.
+    """
+    if not extra:
+        return {}
+    found = {}
+    with job(name, sum(map(len, extra.values()))) as bar:
+        for which, facts in extra.items():
+            found |= named_means(protocol.score(model, facts, progress=bar.advance), which)
     return found
 
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..attacks.kinds import get_kind
+from ..data.registry import DATA_SETS
 from ..runs.read import RunRecord, read_runs
 from .groups import attack_groups, attack_summary
 
@@ -27,6 +28,12 @@ SCORES = (
     ("margin, forget", "forget_margin", ".2f"),
     ("margin, retain", "retain_margin", ".2f"),
     ("margin, other people", "test_retain_margin", ".2f"),
+)
+# The further sets of benchmarks.
+EXTRA_SCORES = tuple(
+    (f"{name.replace('_', ' ')}: {score}", f"{name}_{key}", digits)
+    for name in dict.fromkeys(name for data in DATA_SETS.values() for name in data.extra)
+    for score, key, digits in (("score", "score", ".2f"), ("P(answer)", "probability", ".3f"))
 )
 # Name in the table, key of `attack_summary` after max_ and sd_, format.
 ATTACK_SCORES = (
@@ -98,7 +105,7 @@ def _unlearning(records: Sequence[RunRecord]) -> list[Row]:
 def _before_and_after(records: Sequence[RunRecord]) -> list[Row]:
     return [
         Row("Before → after", name, [_change(record, key, digits) for record in records])
-        for name, key, digits in SCORES
+        for name, key, digits in (*SCORES, *EXTRA_SCORES)
         if key in ALWAYS_SHOWN or any(record.evaluation and key in record.evaluation["after"] for record in records)
     ]
 

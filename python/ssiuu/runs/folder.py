@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -32,8 +32,9 @@ PARTIAL = ".partial"  # suffix of a file that is being written
 class Run:
     """One run folder.
 
-    config.json (schema, options, versions, status), split.json, metrics.jsonl (one line per step), evaluation.json,
-    model/ (safetensors and tokenizer), checkpoints/ (to resume from), attacks/*.json, diagnosis.json and .safetensors.
+    config.json (schema, options, versions, status), split.json, extra.json (further sets of a benchmark),
+    metrics.jsonl (one line per step), evaluation.json, model/ (safetensors and tokenizer), checkpoints/ (to resume
+    from), attacks/*.json, diagnosis.json and .safetensors.
     """
 
     def __init__(self, path: str | Path):
@@ -203,12 +204,22 @@ class Run:
 
     def write_split(self, split: Split) -> None:
         """Keep the sets, for attacks and diagnosis to use the same facts."""
-        self.write("split.json", {name: [asdict(fact) for fact in getattr(split, name)] for name in Split._fields})
+        self.write("split.json", _stored(split._asdict()))
 
     def split(self) -> Split:
         """The sets of this run."""
         stored = self.read("split.json")
         return Split(*([_stored_fact(fact) for fact in stored[name]] for name in Split._fields))
+
+    def write_extra(self, extra: Mapping[str, Sequence[Fact]]) -> None:
+        """Keep the further sets that `ssiuu evaluate` scores, if there are any."""
+        if extra:
+            self.write("extra.json", _stored(extra))
+
+    def extra(self) -> dict[str, list[Fact]]:
+        """The further sets of this run; empty where there are none."""
+        stored = self.read("extra.json") if (self.path / "extra.json").is_file() else {}
+        return {name: [_stored_fact(fact) for fact in facts] for name, facts in stored.items()}
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint: the Trainer writes its state file last."""
@@ -272,6 +283,10 @@ def _replace(file: Path, text: str) -> None:
 
 def _resumable(config: dict[str, Any]) -> bool:
     return config["method"] != "finetune"  # which keeps no checkpoints
+
+
+def _stored(sets: Mapping[str, Sequence[Fact]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [asdict(fact) for fact in facts] for name, facts in sets.items()}
 
 
 def _stored_fact(stored: dict[str, Any]) -> Fact:

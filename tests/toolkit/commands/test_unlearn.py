@@ -260,8 +260,8 @@ BAD = {
     "a weight that is not finite": ("penalty_weight=inf", {"penalty_weight": math.inf}),
     "a threshold that nothing reaches": ("threshold=nan", {"threshold": math.nan}),
     "negative learning rate": ("learning_rate=-1", {"learning_rate": -1.0}),
-    "facts and forget": ("either facts, or forget and retain", {"forget": "a.jsonl", "retain": "b.jsonl"}),
-    "forget alone": ("either facts, or forget and retain", {"facts": None, "forget": "a.jsonl"}),
+    "facts and forget": ("either facts, or forget and retain, or data", {"forget": "a.jsonl", "retain": "b.jsonl"}),
+    "forget alone": ("either facts, or forget and retain, or data", {"facts": None, "forget": "a.jsonl"}),
 }
 
 

@@ -46,3 +46,13 @@ def test_means_leave_out_the_margin_where_there_are_no_options(loaded):
     model, tokenizer = loaded
     means = score_facts(model, PromptFormat(tokenizer, 0), [Fact("where ann born", "rome")]).means()
     assert set(means) == {"score", "probability"}
+
+
+def test_an_answer_with_a_paraphrase_is_scored_itself_and_by_rouge(loaded):
+    model, tokenizer = loaded
+    fact = Fact("where ann born", "rome", ("oslo oslo",), paraphrase="rome rome")
+    plain = Fact("where ann born", "rome")
+    for found, expected in zip(
+        *(score_facts(model, PromptFormat(tokenizer, 0), [f]) for f in (fact, plain)), strict=True
+    ):
+        torch.testing.assert_close(found, expected, equal_nan=True)
