@@ -89,6 +89,9 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
             those that are there.
         forget_people: people to forget, drawn from facts.
         retain_people: people to keep, drawn from facts.
+        forget_facts: facts to forget at most, drawn evenly among the people; None takes all of them.
+        retain_facts: facts to keep at most, likewise.
+        test_facts: facts of other people at most, likewise.
         known_probability: keep only facts that the model answers with at least this probability; None keeps all.
         learning_rate: of AdamW; constant.
         weight_decay: of AdamW.
@@ -101,11 +104,14 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
         retain_batch: retain facts in a micro-batch; 0 takes as many as forget_batch.
         accumulate: micro-batches per step.
         threshold: stop when FS is at or below it; None means chance among the facts' options (1/3 with two false
-            ones), and 0.1971 (ROUGE-L recall) without options.
+            ones), and 0.1971 (ROUGE-L recall) without options; with stop_distance, None means no threshold.
         stop_facts: leave a forget fact out of the loss once it is answered wrongly (without options: scored at or
             below the threshold), until it is answered again; method klue does so by itself.
         stop_margin: with stop_facts, the log-likelihood per token by which a fact with options has to be answered
             wrongly to leave.
+        stop_distance: stop when the trained weights are at least this far from the original ones (L2), even if the
+            threshold is not reached; None for no such stop. Every stop is checked at evaluations alone.
+        log_distance: log that distance at each evaluation; the original weights take a copy in host memory.
         evaluate_every: steps between evaluations.
         save_every: steps between checkpoints; 0 keeps none.
         evaluation_facts: retain facts scored along the way, at most.
@@ -127,6 +133,9 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
     extra: list[str] | None = None
     forget_people: int = 4
     retain_people: int = 12
+    forget_facts: int | None = None
+    retain_facts: int | None = None
+    test_facts: int | None = None
     known_probability: float | None = None
     learning_rate: float = 1e-5
     weight_decay: float = 0.0
@@ -139,6 +148,8 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
     threshold: float | None = None
     stop_facts: bool = False
     stop_margin: float = 0.0
+    stop_distance: float | None = None
+    log_distance: bool = False
     evaluate_every: int = 1
     save_every: int = 10
     evaluation_facts: int = 24
@@ -176,12 +187,21 @@ class UnlearnOptions(ProtocolOptions, ModelOptions):
         for name in ("max_steps", "accumulate", "evaluate_every", "forget_people", "retain_people", "evaluation_facts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        for name in ("forget_facts", "retain_facts", "test_facts"):
+            check_limit(name, getattr(self, name))
+        if self.data is not None and self.forget_facts is not None:
+            raise ValueError(
+                f"forget_facts={self.forget_facts} with data={self.data!r}, whose further sets are about all of its "
+                "forget facts; leave forget_facts out"
+            )
         for name in ("forget_batch", "retain_batch", "save_every", "weight_decay", "stop_margin"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 0")
         check_learning_rate(self.learning_rate)
         if self.threshold is not None and math.isnan(self.threshold):
             raise ValueError("threshold=nan; no score is at or below it: expected a number")
+        if self.stop_distance is not None and not 0 < self.stop_distance < math.inf:
+            raise ValueError(f"stop_distance={self.stop_distance}; expected a positive number")
         _check_reporter(self.report_to)
 
 
@@ -191,13 +211,15 @@ class FinetuneOptions(ProtocolOptions, ModelOptions):
 
     Attributes:
         facts: source of the facts: "builtin", a .jsonl file or a datasets name.
+        people: people whose facts are taught, drawn from facts; None takes all facts.
         steps: optimizer steps.
         batch_size: facts per step.
         learning_rate: of AdamW; constant.
-        seed: of the order of facts.
+        seed: of the draw of people and of the order of facts.
     """
 
     facts: str = BUILTIN
+    people: int | None = None
     steps: int = 100
     batch_size: int = 16
     learning_rate: float = 1e-5
@@ -209,6 +231,7 @@ class FinetuneOptions(ProtocolOptions, ModelOptions):
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        check_limit("people", self.people)
         check_learning_rate(self.learning_rate)
         check_weights_dtype(self.dtype)
 
@@ -322,6 +345,12 @@ def replacing_sets(values: Mapping[str, Any]) -> dict[str, Any]:
     given = [names for names in _SOURCES if any(values.get(name) is not None for name in names)]
     others = {name: None for names in _SOURCES if given and names not in given for name in names}
     return {**others, **values}
+
+
+def check_limit(name: str, number: int | None) -> None:
+    """Raise a ValueError for a limit below 1; None is no limit."""
+    if number is not None and number < 1:
+        raise ValueError(f"{name}={number}; expected at least 1")
 
 
 def check_learning_rate(rate: float) -> None:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from ..data.facts import Split, load_facts
+from ..data.facts import Split, draw_people, load_facts, save_facts
 from ..evaluation.protocol import Protocol
 from ..evaluation.sets import evaluate_split
 from ..models.load import load_model
@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def finetune(options: FinetuneOptions, run_dir: str | Path) -> Run:
-    """Teach a model the facts of a file, and keep it in a run folder (`model/` can then be unlearned from).
+    """Teach a model the facts of a file, and keep it in a run folder.
+
+    Its `model/` can then be unlearned from; `facts.jsonl` is what it was taught.
 
     Each answer ends with the tokenizer's end token, so that the model learns where to stop. An interrupted run starts
     again in its folder.
@@ -39,6 +41,8 @@ def finetune(options: FinetuneOptions, run_dir: str | Path) -> Run:
     options.check()
     refuse_launchers()
     known = load_facts(options.facts)
+    if options.people is not None:
+        known = draw_people(known, options.people, options.seed)
     config = {"method": "finetune", **asdict(options)}
     with Run.claim(run_dir, config, resume=False) as run:
         model, tokenizer = load_model(options.model, **options.loading())
@@ -51,6 +55,7 @@ def finetune(options: FinetuneOptions, run_dir: str | Path) -> Run:
                 "the tokenizer of %s has no end token; the model will not learn where answers end", options.model
             )
         run.start(config)
+        save_facts(known, run.facts)
         everything = Split([], known, [])
         before = evaluate_split(model, protocol, everything, name="score before")
         with job("finetune", options.steps) as bar:

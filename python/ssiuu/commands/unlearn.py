@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from ..data.facts import (
     Fact,
     FactSets,
     Split,
+    at_most,
     check_not_empty,
     check_split,
     judged_by_choice,
@@ -37,6 +39,7 @@ from ..pairs import all_options, make
 from ..progress import job
 from ..regularizers.base import Regularizer
 from ..runs.folder import Run
+from ..training.distance import Distance
 from ..training.schedule import Part, Schedule
 from ..training.step_log import StepRecord
 from ..training.stopped_facts import StoppedFacts
@@ -118,11 +121,15 @@ def choose_facts(options: UnlearnOptions) -> FactSets:
         FileNotFoundError: a file or folder that is not there.
     """
     if options.data is not None:
-        return get_data_set(options.data).load(options.data_from, options.extra)
-    if options.facts is not None:
+        sets = get_data_set(options.data).load(options.data_from, options.extra)
+    elif options.facts is not None:
         facts = load_facts(options.facts)
-        return FactSets(split_by_subject(facts, options.forget_people, options.retain_people, options.seed), {})
-    return FactSets(check_split(Split(load_facts(options.forget), load_facts(options.retain), [])), {})
+        sets = FactSets(split_by_subject(facts, options.forget_people, options.retain_people, options.seed), {})
+    else:
+        sets = FactSets(check_split(Split(load_facts(options.forget), load_facts(options.retain), [])), {})
+    limits = (options.forget_facts, options.retain_facts, options.test_facts)
+    parts = (at_most(facts, limit, options.seed) for facts, limit in zip(sets.split, limits, strict=True))
+    return sets._replace(split=Split(*parts))
 
 
 def _config(options: UnlearnOptions, regularizer: Regularizer) -> dict[str, Any]:
@@ -177,9 +184,8 @@ def _train(
     options: UnlearnOptions,
     run: Run,
 ) -> None:
-    threshold = options.threshold
-    if threshold is None:
-        threshold = chance(split.forget) if judged_by_choice(split.forget) else ROUGE_THRESHOLD
+    threshold = _threshold(options, split.forget)
+    ends_by_distance = options.stop_distance is not None and options.threshold is None
     watched = _sample(split.retain, options.evaluation_facts, options.seed)
     arguments = training_arguments(
         run.checkpoints,
@@ -194,6 +200,7 @@ def _train(
         report_to=options.report_to,
     )
     stopped = StoppedFacts(options.stop_margin) if options.stop_facts or method.stops_facts else None
+    distance = Distance(model) if options.log_distance or options.stop_distance is not None else None
     checkpoint, done = run.rewind()
     last = run.last_metrics()
     with job(f"unlearn ({options.method})", options.max_steps) as bar:
@@ -209,10 +216,15 @@ def _train(
             forget = protocol.score(model, split.forget)
             if stopped is not None:
                 stopped.observe(forget, threshold)
-            return named_means(forget, "forget") | named_means(protocol.score(model, watched), "retain")
+            found = named_means(forget, "forget") | named_means(protocol.score(model, watched), "retain")
+            return found | ({} if distance is None else {"distance": distance()})
 
-        def stop(scores: dict) -> bool:
-            return scores["fs"] <= threshold or method.finished
+        def stop(scores: dict) -> str | None:
+            if scores["fs"] <= threshold and not ends_by_distance:
+                return "threshold"
+            if options.stop_distance is not None and scores["distance"] >= options.stop_distance:
+                return "distance"
+            return "method" if method.finished else None
 
         trainer = UnlearnTrainer(
             model, arguments, schedule, protocol.prompts, StepRecord(write, evaluate, options.evaluate_every, stop),
@@ -225,6 +237,13 @@ def _train(
             trainer._load_from_checkpoint(str(checkpoint))  # the run was killed between its last step and its end
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _threshold(options: UnlearnOptions, forget: Sequence[Fact]) -> float:
+    """The score at or below which a fact counts as forgotten, and the mean of all ends the run."""
+    if options.threshold is not None:
+        return options.threshold
+    return chance(forget) if judged_by_choice(forget) else ROUGE_THRESHOLD
 
 
 def _optimizer_options(options: UnlearnOptions, run: Run) -> OptimizerOptions:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +97,11 @@ def load_facts(source: str | Path) -> list[Fact]:
     return facts
 
 
+def save_facts(facts: Iterable[Fact], file: Path) -> None:
+    """Write facts as JSON Lines, as `load_facts` reads them."""
+    file.write_text("".join(json.dumps(asdict(fact)) + "\n" for fact in facts), encoding="utf-8")
+
+
 def as_fact(row: object, where: str) -> Fact:
     """The fact of one row, as `load_facts` reads it; `where` is its place, which errors name."""
     if not isinstance(row, dict):
@@ -142,6 +149,29 @@ def by_subject(facts: Iterable[Fact]) -> dict[str, list[Fact]]:
             )
         people.setdefault(fact.subject, []).append(fact)
     return people
+
+
+def draw_people(facts: Sequence[Fact], number: int, seed: int) -> list[Fact]:
+    """The facts of this many people, drawn by the seed.
+
+    Raises:
+        ValueError: fewer people, or a fact without subject.
+    """
+    people = by_subject(facts)
+    if number > len(people):
+        raise ValueError(f"people={number} is more than the {len(people)} people that the facts have; ask for fewer")
+    return [fact for name in random.Random(seed).sample(list(people), number) for fact in people[name]]
+
+
+def at_most(facts: Sequence[Fact], number: int | None, seed: int) -> list[Fact]:
+    """This many of the facts, drawn by the seed and evenly among the people; all where `number` is None."""
+    if number is None:
+        return list(facts)
+    people: dict[str | None, list[Fact]] = {}
+    for fact in random.Random(seed).sample(list(facts), len(facts)):
+        people.setdefault(fact.subject, []).append(fact)
+    rounds = itertools.zip_longest(*people.values())
+    return [fact for facts in rounds for fact in facts if fact is not None][:number]
 
 
 def split_by_subject(facts: Sequence[Fact], forget_people: int, retain_people: int, seed: int) -> Split:

@@ -42,6 +42,7 @@ class Run:
         _check_name(self.path)
         self.model, self.checkpoints = self.path / "model", self.path / "checkpoints"
         self.attacks, self.metrics = self.path / "attacks", self.path / "metrics.jsonl"
+        self.facts = self.path / "facts.jsonl"  # of fine-tuning: what was taught
 
     @classmethod
     @contextmanager
@@ -82,7 +83,7 @@ class Run:
         # config.json last: until then it says whose files these are.
         for folder in (self.model, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.metrics, self.path / "evaluation.json", self.path / "config.json"):
+        for file in (self.metrics, self.facts, self.path / "evaluation.json", self.path / "config.json"):
             file.unlink(missing_ok=True)
 
     def _check_resumed(self, config: dict[str, Any]) -> None:

@@ -15,6 +15,10 @@ LOCK = ".lock"
 TRIES = 10
 
 
+class BusyError(ValueError):
+    """Another process holds the lock."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Lock a folder. It is created if it is missing, and then removed again if nothing was written to it.
@@ -26,7 +30,7 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
         name: of the lock's file; processes that hold different locks do not exclude each other.
 
     Raises:
-        ValueError: another process holds it.
+        BusyError: another process holds it.
         OSError: a folder that cannot be made or written to.
     """
     new = not folder.exists()
@@ -66,7 +70,7 @@ def _take(path: Path) -> int:
         if _is_at(path, descriptor):
             return descriptor
         os.close(descriptor)
-    raise ValueError(f"another process is at work in {path.parent}; wait for it, or choose another folder")
+    raise BusyError(f"another process is at work in {path.parent}; wait for it, or choose another folder")
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
+MAX_STEPS = "max_steps"  # what ended a run that no stop ended
 MINUTE_SHARE = 1e-3  # below it the penalty outweighs the loss in almost no parameter
 NORMS = {"loss_grad_norm": "the gradient's norm", "penalty_grad_norm": "the penalty's gradient norm"}
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what getrusage counts in
@@ -32,16 +33,17 @@ class StepRecord(NamedTuple):
             micro-batches, padding left out), "peak_memory_bytes" (`peak_memory`), "loss", "loss_grad_norm"; of
             unlearning also "engine" (which made the gradients: one-backward, two-backward, or plain without a
             penalty), "facts_in_loss" (forget samples of the step, where facts can leave), and what its regularizer
-            measures ("penalty", "penalty_grad_norm", "share" and "lambda").
+            measures ("penalty", "penalty_grad_norm", "share" and "lambda"). The last line has "stopped_by": what `stop`
+            returned, or "max_steps".
         evaluate: returns scores of the model as it is; called every `evaluate_every` steps, and merged into the line.
         evaluate_every: in optimizer steps.
-        stop: whether these scores end the run.
+        stop: what in these scores ends the run; None where it goes on.
     """
 
     write: Callable[[dict], None]
     evaluate: Callable[[PreTrainedModel], dict[str, float]]
     evaluate_every: int
-    stop: Callable[[dict[str, float]], bool] = lambda _: False
+    stop: Callable[[dict[str, float]], str | None] = lambda _: None
 
 
 def check_finite(name: str, value: float, step: int) -> None:
@@ -111,7 +113,10 @@ class StepLog(TrainerCallback):
         if state.global_step % self.record.evaluate_every == 0 or state.global_step == args.max_steps:
             scores = self.record.evaluate(model)
             line |= scores
-            control.should_training_stop |= self.record.stop(scores)
+            reason = self.record.stop(scores)
+            control.should_training_stop |= reason is not None
+            if control.should_training_stop or state.global_step == args.max_steps:
+                line["stopped_by"] = reason or MAX_STEPS
         self.record.write(line)
 
     def _warn_of_idle_penalty(self, line: dict) -> None:
