@@ -191,6 +191,14 @@ def test_the_other_targets_of_a_model_that_mixes_samples_are_refused(target):
         handle.attribute(batch, target)
 
 
+def test_a_label_that_is_never_predicted_has_no_margin():
+    model, batch = tiny_model(), with_other_labels(tiny_batch())
+    with sk.patch(model) as handle:
+        expected = handle.attribute(batch, "margin")["model.layers.0.mlp"]["h"].sum
+        batch["labels"][:, 0], batch["other_labels"][:, 0] = 1, 2
+        assert torch.equal(handle.attribute(batch, "margin")["model.layers.0.mlp"]["h"].sum, expected)
+
+
 def test_a_margin_is_not_of_the_scale_of_the_probability():
     """Adding to every logit changes neither; making the answer impossible changes `prob` alone to nothing."""
     model, batch = tiny_model("opt", tie_word_embeddings=False), with_other_labels(tiny_batch())

@@ -50,3 +50,10 @@ def test_tokens_of_the_option_in_place_of_the_answer_s(prompts, encode):
         after = [-100] * len(row)
         expected = [-100] * len(sample.prompt) + option.answer + after
         assert row == expected[: len(row)]
+
+
+def test_the_length_of_an_option_counts_for_nothing(prompts, encode, monkeypatch):
+    scores = torch.tensor([-3.0, -4.0]), torch.tensor([1.0, 4.0])
+    monkeypatch.setattr("ssiuu.analysis.distractors.log_probs_and_lengths", lambda *_: scores)
+    fact = Fact("where is cid", "rome", ("bonn", "kyiv on the sea"))
+    assert best_false_options(tiny_model(), prompts, [fact]) == [encode(fact.question, "kyiv on the sea")]
