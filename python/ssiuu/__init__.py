@@ -31,6 +31,7 @@ _HOMES = {
     "finetune": "commands.finetune.finetune",
     "FinetuneOptions": "options.FinetuneOptions",
     "write_report": "report.page.write_report",
+    "study": "commands.study.run_study",
     "load_facts": "data.facts.load_facts",
     "load_model": "models.load.load_model",
     "Fact": "data.facts.Fact",

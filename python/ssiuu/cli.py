@@ -1,4 +1,5 @@
-"""The command line: `ssiuu demo | finetune | unlearn | attack | diagnose | evaluate | report | methods | env`.
+"""The command line: `ssiuu demo | finetune | unlearn | attack | diagnose | evaluate | report | study |
+methods | env`.
 
 A command is a function. Its positional-only parameters are positional arguments, its keyword-only ones are options, and
 a parameter `options` of a dataclass of options.py brings that dataclass's fields, also from a file with --config
@@ -45,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     logging.basicConfig(level="WARNING", handlers=[_OneLineHandler()])
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        _run(list(sys.argv[1:] if words is None else words))
+        return _run(list(sys.argv[1:] if words is None else words))
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -53,7 +54,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     except SystemExit as done:  # after --help
         return done.code or 0
-    return 0
 
 
 def said_of(error: BaseException) -> str:
@@ -201,6 +201,30 @@ def report(runs: list[Path], /, *, out: Path = Path("report")):
 
 
 @command
+def study(
+    file: Path, /, *, out: Path | None = None, jobs: int = 1, dry_run: bool = False, only: str | None = None
+) -> int:
+    """Run a study: every cell of a file unlearned, attacked and diagnosed over seeds, with intervals and figures.
+
+    What is finished is not run again, and what failed is tried again. The exit status is the number of failed tasks.
+
+    Examples:
+      ssiuu study small --dry-run
+      ssiuu study my-study.yaml --out runs/my-study --jobs 4
+
+    Args:
+        file: study file, or the name of one that comes with the package (small, paper-table-1, paper-table-2).
+        out: folder of the study; None takes runs/ with the file's name.
+        jobs: worker processes, each with a GPU or a part of the CPU's threads; 0 runs everything in this process.
+        dry_run: print the cells and the time they take, and run nothing.
+        only: run this task alone, in this process, as gd/seed0.
+    """
+    from .commands.study import run_study
+
+    return run_study(file, out, jobs=jobs, dry_run=dry_run, only=only)
+
+
+@command
 def methods(names: list[str] | None = None, /):
     """List the unlearning methods and the regularizers, with their options and where they come from.
 
@@ -227,15 +251,15 @@ def env():
     print(sk.collect_env())
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
-        return
+        return 0
     name, *rest = words
     if name not in COMMANDS:
         raise ValueError(f"{name} is not a command; expected one of {', '.join(COMMANDS)}")
     positional, keywords = _read(COMMANDS[name], rest)
-    COMMANDS[name](*positional, **keywords)
+    return COMMANDS[name](*positional, **keywords) or 0
 
 
 def _read(function: Callable, words: list[str]) -> tuple[list, dict]:

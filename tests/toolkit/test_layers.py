@@ -22,10 +22,13 @@ def test_no_import_is_hidden_from_python(toolkit):
     assert toolkit.that_use("TYPE_CHECKING") == set()
 
 
-def test_only_the_command_line_and_the_demo_import_commands(toolkit):
+def test_only_the_command_line_and_commands_made_of_others_import_commands(toolkit):
     importers = {
         name
         for name, imported in toolkit.imports.items()
         if any(other.startswith("ssiuu.commands") for other in imported)
     }
-    assert importers == {"ssiuu.cli", "ssiuu.commands.demo"}
+    assert importers == {
+        "ssiuu.cli",
+        *(f"ssiuu.commands.{name}" for name in ("demo", "matching", "study", "study_plan")),
+    }

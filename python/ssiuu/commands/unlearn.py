@@ -112,18 +112,19 @@ def unlearn(
         return run
 
 
-def choose_facts(options: UnlearnOptions) -> FactSets:
+def choose_split(options: UnlearnOptions, facts: Sequence[Fact] | None = None) -> Split:
     """The sets that the options name.
+
+    Args:
+        facts: those of `options.facts`, where they are read already.
 
     Raises:
         ValueError: an empty or malformed set, people in two sets.
         FileNotFoundError: a file or folder that is not there.
     """
-    if options.data is not None:
-        sets = get_data_set(options.data).load(options.data_from, options.extra)
-    elif options.facts is not None:
-        facts = load_facts(options.facts)
-        sets = FactSets(split_by_subject(facts, options.forget_people, options.retain_people, options.seed), {})
+    if options.facts is not None:
+        facts = load_facts(options.facts) if facts is None else facts
+        split = split_by_subject(facts, options.forget_people, options.retain_people, options.seed)
     else:
         sets = FactSets(check_split(Split(load_facts(options.forget), load_facts(options.retain), [])), {})
     limits = (options.forget_facts, options.retain_facts, options.test_facts)

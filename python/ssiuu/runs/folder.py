@@ -160,7 +160,7 @@ class Run:
         """Write a JSON file of the run, whole or not at all."""
         file = self.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        _replace(file, json.dumps(value, indent=1) + "\n")
+        replace_file(file, json.dumps(value, indent=1) + "\n")
 
     def diagnosis(self) -> dict[str, Any]:
         """diagnosis.json, part by part; empty where nothing was diagnosed. 0.1.0 wrote one part, influence, alone."""
@@ -239,7 +239,7 @@ class Run:
         if self.metrics.is_file():
             lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]  # without a line that was cut off
             kept = [line for line in lines if json.loads(line)["step"] <= steps]
-            _replace(self.metrics, "".join(f"{line}\n" for line in kept))
+            replace_file(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def last_metrics(self) -> dict[str, Any]:
         """The line of the last step; empty before the first."""
@@ -275,7 +275,7 @@ def _check_name(path: Path) -> None:
         raise ValueError(f"run folder {path} has a name that is not UTF-8; safetensors cannot write there") from None
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = file.with_suffix(PARTIAL)
     partial.write_text(text, encoding="utf-8")

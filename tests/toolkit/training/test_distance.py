@@ -49,5 +49,5 @@ def test_the_end_of_a_run_that_nothing_stopped(options, tmp_path):
 
 @pytest.mark.parametrize("distance", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_distance_out_of_range(options, tmp_path, distance):
-    with pytest.raises(ValueError, match="stop_distance=.*; expected a positive number"):
+    with pytest.raises(ValueError, match=r"stop_distance=.*; expected a positive number"):
         unlearn(options.replace(stop_distance=distance), tmp_path / "run")
