@@ -169,6 +169,7 @@ def _run_cell(study: Study, tasks: Mapping[str, Task], task: Task, out: Path) ->
             f"{folder} has other attacks or another diagnosis than the study, and its model was not kept "
             "(keep_models); remove the folder to run it again"
         )
-    attack_run(folder, study.attacks)
+    if study.attacks:
+        attack_run(folder, study.attacks)
     if study.diagnosis is not None:
         diagnose_runs([folder], study.diagnosis)

@@ -12,9 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..data.facts import Split, draw_people, load_facts
-from ..data.prompts import PromptFormat
-from ..evaluation.likelihood import score_facts
-from ..models.load import load_model, position_limit
+from ..evaluation.protocol import Protocol
+from ..models.load import load_model
 from ..pairs import resolve
 from ..progress import console
 from ..runs.study import Cell, Study
@@ -121,8 +120,9 @@ def _measure(study: Study, cell: Cell) -> Rates:
     options = cell.options(study.given.seeds[0])
     model, tokenizer = load_model(options.model, **options.loading())
     facts = planned_split(study, cell, options.seed).retain[:MEASURED]
-    prompts = PromptFormat(tokenizer, options.shots, position_limit(model))
-    batch = {name: tensor.to(model.device) for name, tensor in prompts.collate(prompts.encode_facts(facts)).items()}
+    protocol = Protocol.of(options, model, tokenizer)
+    samples = protocol.prompts.encode_facts(facts)
+    batch = {name: tensor.to(model.device) for name, tensor in protocol.prompts.collate(samples).items()}
 
     def seconds(work) -> float:
         work()  # the first time is longer than those after it
@@ -133,7 +133,7 @@ def _measure(study: Study, cell: Cell) -> Rates:
         return (time.perf_counter() - start) / len(facts)
 
     step = seconds(lambda: model(**batch, use_cache=False).loss.backward())
-    return Rates(step, seconds(lambda: score_facts(model, prompts, facts)))
+    return Rates(step, seconds(lambda: protocol.score(model, facts)))
 
 
 def _most(study: Study, task: Task, rates: Rates) -> float:

@@ -20,6 +20,7 @@ from ..options import (
     DiagnoseOptions,
     FinetuneOptions,
     ModelOptions,
+    ProtocolOptions,
     UnlearnOptions,
     replacing_sets,
 )
@@ -28,6 +29,7 @@ from ..pairs import make, option_owners, resolve
 SHIPPED = resources.files("ssiuu") / "studies"
 NAME = re.compile(r"(?!taught|results|study)[A-Za-z0-9][\w.+=-]*")  # these are in a study's folder beside the cells
 MODEL_NAMES = [argument.name for argument in fields_of(ModelOptions)]
+PROTOCOL_NAMES = [argument.name for argument in fields_of(ProtocolOptions)]
 RUN_OPTIONS = [argument for argument in fields_of(UnlearnOptions) if argument.name not in ("seed", "settings")]
 
 
@@ -92,7 +94,7 @@ class StudyFile:
             the cells that have it.
         models: name -> options over `base`, of several models; all cells run on each.
         teach: options of `ssiuu finetune`, which makes the model of the runs once, from `model` of the base. Its facts
-            are the base's, and the runs' facts are those that were taught.
+            and how they are asked are the base's where it does not say, and the runs' facts are those that were taught.
         seeds: of the runs; they draw the sets of facts too, so all cells of a seed share them.
         cells: name -> method, regularizer and their settings over `base`, and `match` (see `Match`).
         attacks: options of `ssiuu attack`, each entry a grid.
@@ -307,16 +309,15 @@ def _diagnosis(stated: Mapping[str, Any] | None) -> DiagnoseOptions | None:
 
 
 def _teaching(given: StudyFile, model: str) -> FinetuneOptions:
+    """The model and how it is asked are those of the runs, unless `teach` says how to ask."""
     with _naming("teach"):
         known = [argument for argument in fields_of(FinetuneOptions) if argument.name not in MODEL_NAMES]
         stated = _read(given.teach, known, "an option of teaching (the model is the base's)")
-        chosen = {**given.base, **given.models.get(model, {})}
-        if "facts" not in stated:
-            if "forget" in chosen:
-                raise ValueError(
-                    "facts is missing; expected a source of what is taught, as forget and retain are given"
-                )
-            stated["facts"] = chosen.get("facts", UnlearnOptions.facts)
-        options = FinetuneOptions(**{name: chosen[name] for name in MODEL_NAMES if name in chosen}, **stated)
+        over = replacing_sets({**given.base, **given.models.get(model, {})})
+        runs = UnlearnOptions(**{name: value for name, value in over.items() if name in OPTION_NAMES})
+        shared = {name: getattr(runs, name) for name in [*MODEL_NAMES, *PROTOCOL_NAMES, "facts"]}
+        options = FinetuneOptions(**{**shared, **stated})
+        if options.facts is None:
+            raise ValueError("facts is missing; expected the source of what is taught, as the base has other sets")
         options.check()
     return options
