@@ -39,7 +39,7 @@ def run_study(
         only: name of one task, as "gd/seed0" or "taught", to run alone and in this process; no results are written.
 
     Returns:
-        How many tasks failed.
+        How many tasks failed, 100 at most: it is an exit status.
 
     Raises:
         ValueError: a study file that is wrong, data that cannot be used, a folder of something else, or runs in it that
@@ -77,7 +77,7 @@ def run_study(
         names = [name for name, found in states.items() if found == status]
         if names:
             console.print(f"{len(names)} {what}: {', '.join(names)}", markup=False)
-    return list(states.values()).count(FAILED)
+    return min(list(states.values()).count(FAILED), 100)
 
 
 def _check_data(study: Study) -> None:

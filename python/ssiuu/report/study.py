@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from ..analysis.statistics import FEW, LEVEL, RESAMPLES, Interval, bootstrap, pa
 from ..pairs import appearance
 from ..runs.folder import replace_file
 from ..runs.locks import locked
-from ..runs.measured import Quantity, measure_run, quantities
 from ..runs.study import Study
 from ..runs.tasks import FAILED, Task
+from .measured import Quantity, measure_run, quantities
 from .style import FAINT, INK, STYLE, new_figure, save
 
 MISSING = "–"
@@ -84,20 +84,15 @@ def _of_seeds(values: Mapping[int, Mapping[str, float]], quantity: Quantity) -> 
 def _as_markdown(study: Study, results: Mapping[str, Any], shown: Sequence[Quantity]) -> str:
     """One table per section, with one row per cell; then the same of the differences."""
     cells = results["cells"]
-    parts = [f"# {study.name}\n"]
-    for section in dict.fromkeys(quantity.section for quantity in shown):
-        columns = [quantity for quantity in shown if quantity.section == section]
-        parts.append(_table(section, columns, {name: cell["values"] for name, cell in cells.items()}))
+    values = {name: cell["values"] for name, cell in cells.items()}
     compared = {
-        name: {key: found["difference"] for key, found in cell["values"].items() if found["difference"]}
+        name: {key: found["difference"] for key, found in values[name].items() if found["difference"]}
         for name, cell in cells.items()
         if "baseline" in cell
     }
+    parts = [f"# {study.name}\n", *_tables(shown, values)]
     if any(compared.values()):
-        for section in dict.fromkeys(quantity.section for quantity in shown):
-            columns = [quantity for quantity in shown if quantity.section == section]
-            title = f"{section}: difference from {study.given.baseline}, seed by seed"
-            parts.append(_table(title, columns, compared, signed=True))
+        parts += [f"# Difference from {study.given.baseline}, seed by seed\n", *_tables(shown, compared, signed=True)]
     interval = f"{LEVEL:.0%} percentile bootstrap interval, {RESAMPLES} resamples"
     notes = [f"Mean over seeds [{interval}]; {MISSING}: not measured."]
     counts = [found["count"] for cell in cells.values() for found in cell["values"].values()]
@@ -109,10 +104,12 @@ def _as_markdown(study: Study, results: Mapping[str, Any], shown: Sequence[Quant
     return "\n".join([*parts, *(f"{note}\n" for note in notes)])
 
 
-def _table(title: str, columns: Sequence[Quantity], rows: Mapping[str, Any], *, signed: bool = False) -> str:
-    lines = [[title, *(quantity.label for quantity in columns)], ["---", *["---:"] * len(columns)]]
-    lines += [[name, *(_cell(found.get(q.key), q.digits, signed) for q in columns)] for name, found in rows.items()]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+def _tables(shown: Sequence[Quantity], rows: Mapping[str, Any], *, signed: bool = False) -> Iterator[str]:
+    for section in dict.fromkeys(quantity.section for quantity in shown):
+        columns = [quantity for quantity in shown if quantity.section == section]
+        lines = [[section, *(quantity.label for quantity in columns)], ["---", *["---:"] * len(columns)]]
+        lines += [[name, *(_cell(found.get(q.key), q.digits, signed) for q in columns)] for name, found in rows.items()]
+        yield "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _cell(found: Mapping[str, Any] | None, digits: str, signed: bool) -> str:

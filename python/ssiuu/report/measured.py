@@ -8,8 +8,8 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from ..attacks.kinds import ATTACK_KINDS, get_kind
+from ..runs.read import RunRecord, read_runs
 from ..training.step_log import MAX_STEPS
-from .read import RunRecord, read_runs
 
 
 class Quantity(NamedTuple):
@@ -28,19 +28,22 @@ class Quantity(NamedTuple):
     digits: str = ".2f"
 
 
-UNLEARNING = (
+RUN = (
     Quantity("reached_stop", "Unlearning", "reached its stop (share of runs)"),
     Quantity("steps", "Unlearning", "steps", ".1f"),
     Quantity("learning_rate", "Unlearning", "learning rate", ".2g"),
     Quantity("distance", "Unlearning", "distance from the original weights", ".3g"),
-    Quantity("fs", "Unlearning", "FS"),
-    Quantity("test_rs", "Unlearning", "RS (test set)"),
-    Quantity("rs", "Unlearning", "retain score"),
-    Quantity("forget_probability", "Unlearning", "P(answer), forget", ".2g"),
-    Quantity("forget_margin", "Unlearning", "margin, forget"),
-    Quantity("retain_margin", "Unlearning", "margin, retain"),
-    Quantity("test_retain_margin", "Unlearning", "margin, test"),
 )
+SCORES = (
+    Quantity("fs", "Scores", "FS"),
+    Quantity("rs", "Scores", "RS (test set)"),
+    Quantity("retain_score", "Scores", "retain score"),
+    Quantity("forget_probability", "Scores", "P(answer), forget", ".2g"),
+    Quantity("forget_margin", "Scores", "margin, forget"),
+    Quantity("retain_margin", "Scores", "margin, retain"),
+    Quantity("test_margin", "Scores", "margin, test"),
+)
+EARLIER_NAMES = {"rs": "retain_score", "test_rs": "rs", "test_retain_margin": "test_margin"}
 INFLUENCE = (
     Quantity("d_plus", "Influence variation", "D+, erased", ".3g"),
     Quantity("d_minus", "Influence variation", "D-, hidden", ".3g"),
@@ -64,7 +67,10 @@ def measure_run(path: Path) -> dict[str, float]:
         "reached_stop": float(last["stopped_by"] != MAX_STEPS) if "stopped_by" in last else None,
     }
     if record.evaluation:
-        found |= {quantity.key: record.evaluation["after"].get(quantity.key) for quantity in UNLEARNING[4:]}
+        after = record.evaluation["after"]
+        if "retain_score" not in after:  # of before the scores had the paper's names
+            after = {EARLIER_NAMES.get(name, name): value for name, value in after.items()}
+        found |= {quantity.key: after.get(quantity.key) for quantity in SCORES}
     if record.diagnosis:
         found |= record.diagnosis["sum"]
     found |= _attacked(record)
@@ -75,7 +81,7 @@ def quantities(keys: Iterable[str]) -> list[Quantity]:
     """Those of these keys, in the order of the tables."""
     keys = set(keys)
     attacks = map(_attack_quantity, sorted((key for key in keys if "/" in key), key=_attack_order))
-    return [quantity for quantity in (*UNLEARNING, *attacks, *INFLUENCE, *COST) if quantity.key in keys]
+    return [quantity for quantity in (*RUN, *SCORES, *attacks, *INFLUENCE, *COST) if quantity.key in keys]
 
 
 # Of an attack's steps: what is measured, its label, and whether it counts from before the attack. Facts that an attack
