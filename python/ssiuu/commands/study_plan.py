@@ -68,7 +68,8 @@ def print_plan(study: Study, tasks: Mapping[str, Task], out: Path, jobs: int) ->
     """
     left = [task for task in tasks.values() if not task.is_done(out)]
     table = Table(title=escape(f"{study.name} -> {out}"), title_justify="left", title_style="bold")
-    for name in ("cell", "method", "matched to", "seeds", "done"):
+    table.add_column("cell", no_wrap=True)
+    for name in ("method", "matched to", "seeds", "done"):
         table.add_column(name)
     for cell in study.cells.values():
         of_cell = [task for task in tasks.values() if task.cell is cell]
