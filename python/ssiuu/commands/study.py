@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from ..progress import console
@@ -22,6 +23,10 @@ from .study_plan import planned_split, print_plan, progress_line
 from .study_workers import Workers
 
 POLL = 1.0  # seconds between looks at what another process does
+
+
+class StageError(Exception):
+    """What failed of a cell's attacks and diagnosis, after its run."""
 
 
 def run_study(
@@ -68,7 +73,7 @@ def run_study(
     replace_file(out / "study.yaml", path.read_text(encoding="utf-8"))
     with Workers(path, out, jobs, lambda task: run_task(study, tasks, task, out)) as workers:
         states = _run_all(tasks, out, workers)
-    if DONE in states.values():
+    if any(task.cell and task.has_finished_run(out) for task in tasks.values()):
         console.print(f"results: {write_results(study, tasks, out)}", markup=False)
     for status, what in (
         (FAILED, "failed; start the study again to try them again"),
@@ -99,11 +104,13 @@ def _run_all(tasks: Mapping[str, Task], out: Path, workers: Workers) -> dict[str
         console.print(f"{len(states)} of {len(tasks)} tasks are done already", markup=False)
     while waiting or workers.running:
         for name, task in list(waiting.items()):
-            failed = [need for need in task.needs if states.get(need) == FAILED]
+            # A cell whose attacks or diagnosis failed has a run, which is all that others need.
+            needs = [need for need in task.needs if not tasks[need].has_finished_run(out)]
+            failed = [need for need in needs if states.get(need) == FAILED]
             if failed:
                 task.write_state(out, FAILED, error=f"needs {failed[0]}, which failed")
                 states[name] = FAILED
-            elif not workers.are_free or any(states.get(need) != DONE for need in task.needs):
+            elif needs or not workers.are_free:
                 continue
             elif task.is_busy(out):
                 states[name] = BUSY
@@ -141,8 +148,13 @@ def run_task(study: Study, tasks: Mapping[str, Task], task: Task, out: Path) -> 
         console.print(f"{task.name}: {error}", markup=False)
         return BUSY
     except Exception as error:  # whatever it is, the other cells go on
-        task.write_state(out, FAILED, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        task.write_state(out, FAILED, error=_said(error))
         return FAILED
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, StageError) else f"{type(error).__name__}: {text}"
 
 
 def _teach(study: Study, task: Task, out: Path) -> None:
@@ -169,7 +181,16 @@ def _run_cell(study: Study, tasks: Mapping[str, Task], task: Task, out: Path) ->
             f"{folder} has other attacks or another diagnosis than the study, and its model was not kept "
             "(keep_models); remove the folder to run it again"
         )
-    if study.attacks:
-        attack_run(folder, study.attacks)
+    stages = [partial(attack_run, folder, [attack]) for attack in study.attacks]
     if study.diagnosis is not None:
-        diagnose_runs([folder], study.diagnosis)
+        stages.append(partial(diagnose_runs, [folder], study.diagnosis))
+    errors: dict[str, None] = {}
+    for stage in stages:  # one that fails, such as an attack on too few facts, keeps no other from its result
+        try:
+            stage()
+        except BusyError:
+            raise
+        except Exception as error:
+            errors[_said(error)] = None
+    if errors:
+        raise StageError("; ".join(errors))

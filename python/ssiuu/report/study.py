@@ -25,7 +25,9 @@ Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # cell -> seed -> quan
 
 
 def write_results(study: Study, tasks: Mapping[str, Task], out: Path) -> Path:
-    """Write results.json, table.md and one PNG per quantity from the cells that are done.
+    """Write results.json, table.md and one PNG per quantity from the runs that are finished.
+
+    A cell whose attacks or diagnosis failed has the rest of its values.
 
     Returns:
         The folder of the results.
@@ -36,9 +38,9 @@ def write_results(study: Study, tasks: Mapping[str, Task], out: Path) -> Path:
     values: dict[str, dict[int, dict[str, float]]] = {name: {} for name in study.cells}
     failures = {}
     for task in tasks.values():
-        if task.cell and task.is_done(out):
+        if task.cell and task.has_finished_run(out):
             values[task.cell.name][task.seed] = measure_run(task.folder(out))
-        elif task.state(out).get("status") == FAILED:
+        if task.state(out).get("status") == FAILED:
             failures[task.name] = task.state(out)["error"]
     shown = quantities(key for seeds in values.values() for found in seeds.values() for key in found)
     folder = out / "results"

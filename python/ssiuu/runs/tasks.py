@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .folder import replace_file
+from .folder import COMPLETE, Run, replace_file
 from .locks import LOCK, BusyError, locked
 from .study import Cell, Study
 
@@ -67,6 +67,10 @@ class Task:
         """Whether all that the study asks of it is there."""
         state = self.state(out)
         return state.get("status") == DONE and state["request"] == self.request and self._has_run(out)
+
+    def has_finished_run(self, out: Path) -> bool:
+        """Whether its run is finished, whatever became of the attacks and the diagnosis."""
+        return self._has_run(out) and Run(self.folder(out)).config()["status"] == COMPLETE
 
     @contextmanager
     def claim(self, out: Path) -> Iterator[None]:

@@ -127,12 +127,13 @@ def _tasks(path):
 
 
 def test_a_failure_is_recorded_and_the_rest_goes_on(content, finished, tmp_path, monkeypatch):
-    path, out = write_study(tmp_path, content), tmp_path / "out"
+    cells = {**content["cells"], "slow": {**content["cells"]["slow"], "match": {"distance": "gd"}}}
+    path, out = write_study(tmp_path, {**content, "cells": cells, "seeds": [0]}), tmp_path / "out"
     with monkeypatch.context() as patched:
         attack = study_module.attack_run
 
         def fail(run, attacks):
-            if run.parent.name == "gd" and run.name == "seed0":
+            if run.parent.name == "gd":
                 raise RuntimeError("out of\nmemory")
             return attack(run, attacks)
 
@@ -140,10 +141,17 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(content, finished, tmp_path,
         assert command("study", path, "--out", out, "--jobs", 0).status == 1
     (line,) = (out / "gd/seed0.json").read_text().splitlines()
     assert json.loads(line)["error"] == "RuntimeError: out of memory"
-    assert results(out)["failures"] == {"gd/seed0": "RuntimeError: out of memory"}
-    assert results(out)["cells"]["gd"]["values"]["fs"]["count"] == 1
+    found = results(out)
+    assert found["failures"] == {"gd/seed0": "RuntimeError: out of memory"}
+    # Its run and its diagnosis are there, and the cell that is matched to it.
+    assert {"fs", "d_plus"} <= found["cells"]["gd"]["values"].keys()
+    assert "harmful-p0.3/unseen_fs" not in found["cells"]["gd"]["values"]
+    assert "harmful-p0.3/unseen_fs" in found["cells"]["slow"]["values"]
+    run = stamps(out / "gd/seed0/model")
     assert run_here(path, out) == 0
-    assert results(out) == results(finished)
+    assert stamps(out / "gd/seed0/model") == run
+    assert results(out)["failures"] == {}
+    assert "harmful-p0.3/unseen_fs" in results(out)["cells"]["gd"]["values"]
 
 
 def test_what_needs_a_failed_cell_fails_with_it(content, tmp_path, monkeypatch):
@@ -159,6 +167,15 @@ def test_other_options_for_a_cell_that_was_begun_are_refused(copied):
     changed = {**vars(content), "cells": {**content.cells, "slow": {"method": "gd", "learning_rate": 5e-4}}}
     with pytest.raises(ValueError, match=r"slow.seed0 was begun with learning_rate=0.0001, and the study now has"):
         run_here(write_study(copied.parent, changed), copied)
+
+
+def test_other_options_for_a_cell_that_was_killed_are_refused(content, tmp_path, monkeypatch):
+    path, out = write_study(tmp_path, content), tmp_path / "out"
+    with fault(out, "killed", 40, monkeypatch), pytest.raises(Killed):
+        run_here(path, out)
+    base = {**content["base"], "learning_rate": 2e-3}
+    with pytest.raises(ValueError, match=r"gd.seed0 was begun with learning_rate=0.001, and the study now has 0.002"):
+        run_here(write_study(tmp_path, {**content, "base": base}), out)
 
 
 def test_another_attack_is_added_to_finished_cells(copied):
