@@ -1,16 +1,19 @@
 """Loading, validating and splitting facts; the embedded set."""
 
 import json
+from collections import Counter
 
 import pytest
 
 from ssiuu.data.facts import (
     Fact,
     Split,
+    at_most,
     by_subject,
     check_split,
-    judged_by_choice,
+    draw_people,
     load_facts,
+    save_facts,
     split_by_subject,
 )
 from tests.support.jsonl import write_rows
@@ -120,42 +123,31 @@ def test_options_in_later_rows_only(tmp_path):
         load_facts(write_rows(tmp_path / "f.jsonl", {"question": "q", "answer": "a"}, GOOD))
 
 
-PARAPHRASED = {"question": "q", "answer": "a", "paraphrase": "c", "false_options": ["b"]}
+def test_a_limited_set_is_even_among_its_people(facts):
+    chosen = at_most(facts, 8, seed=3)  # of six people with two facts each
+    assert len(set(chosen)) == 8
+    assert sorted(Counter(fact.subject for fact in chosen).values()) == [1, 1, 1, 1, 2, 2]
+    assert chosen == at_most(facts, 8, seed=3)
+    assert any(set(at_most(facts, 8, seed=seed)) != set(chosen) for seed in range(4, 9))
 
 
-def test_a_paraphrase_is_the_true_option(tmp_path):
-    (fact,) = load_facts(write_rows(tmp_path / "f.jsonl", PARAPHRASED))
-    assert (fact.answer, fact.true_option, fact.options) == ("a", "c", ("c", "b"))
+def test_a_set_without_a_limit_or_below_it_is_whole(facts):
+    assert at_most(facts, None, seed=0) == facts
+    assert set(at_most(facts, 100, seed=0)) == set(facts)
 
 
-def test_tofus_names_of_options_and_paraphrase(tmp_path):
-    row = {"question": "q", "answer": "a", "paraphrased_answer": "c", "perturbed_answer": ["b"]}
-    assert load_facts(write_rows(tmp_path / "f.jsonl", row)) == [Fact("q", "a", ("b",), None, "c")]
+def test_people_are_drawn_with_all_their_facts(facts):
+    drawn = draw_people(facts, 2, seed=1)
+    assert set(Counter(fact.subject for fact in drawn).values()) == {2}
+    assert len(drawn) == 4
+    assert any(set(draw_people(facts, 2, seed=seed)) != set(drawn) for seed in range(2, 9))
 
 
-def test_facts_are_judged_by_choice_where_their_options_are_worded_like_the_answer():
-    choice = Fact("q", "a", ("b",))
-    assert judged_by_choice([choice, choice])
-    assert not judged_by_choice([choice, Fact("q", "a")])
-    assert not judged_by_choice([choice, Fact("q", "a", ("b",), None, "c")])
+def test_more_people_than_can_be_drawn(facts):
+    with pytest.raises(ValueError, match="people=7 is more than the 6 people"):
+        draw_people(facts, 7, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({**PARAPHRASED, "paraphrase": "b"}, "line 2, field 'false_options' contains the answer 'b'"),
-        ({**PARAPHRASED, "paraphrase": 3}, "line 2, field 'paraphrase' is 3"),
-        ({**PARAPHRASED, "paraphrase": None}, "line 2, field 'paraphrase' is None, unlike that of the first row"),
-        ({**PARAPHRASED, "answer": "++"}, r"line 2, field 'answer' is '\+\+', without a letter or digit"),
-    ],
-)
-def test_malformed_paraphrases_are_named(tmp_path, row, said):
-    with pytest.raises(ValueError, match=r"f\.jsonl, " + said):
-        load_facts(write_rows(tmp_path / "f.jsonl", PARAPHRASED, row))
-
-
-def test_a_benchmark_may_have_a_person_in_two_sets():
-    split = Split([Fact("q", "a", (), "s")], [Fact("r", "a", (), "s")], [])
-    assert check_split(split, shared=("question",)) == split
-    with pytest.raises(ValueError, match="share the subject 's'"):
-        check_split(split)
+def test_saved_facts_are_read_again(facts, tmp_path):
+    save_facts(facts, tmp_path / "facts.jsonl")
+    assert load_facts(tmp_path / "facts.jsonl") == facts
