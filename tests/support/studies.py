@@ -6,7 +6,8 @@ import yaml
 
 from ssiuu.commands.study import run_study
 
-ATTACKS = [{"kind": ["harmful"], "fraction": [0.3], "learning_rate": [1e-3], "steps": 2, "evaluate_every": 1}]
+ATTACKS = [{"kind": ["harmful"], "fraction": [0.3], "learning_rate": [1e-3], "steps": 2, "evaluate_every": 1,
+            "pool": "all"}]  # fmt: skip
 OF_THE_MACHINE = ("seconds", "tokens_per_second", "peak_memory_bytes", "seconds_per_step", "memory_gib")
 
 

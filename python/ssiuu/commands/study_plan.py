@@ -18,7 +18,7 @@ from ..pairs import resolve
 from ..progress import console
 from ..runs.study import Cell, Study
 from ..runs.tasks import DONE, FAILED, Task, taught_name
-from .unlearn import choose_split
+from .unlearn import choose_facts
 
 MEASURED = 8  # facts
 
@@ -27,11 +27,11 @@ def planned_split(study: Study, cell: Cell, seed: int) -> Split:
     """The sets of a run, before `known_probability`; raises for data that cannot be used."""
     options, teaching = cell.options(seed), study.taught.get(cell.model)
     if teaching is None:
-        return choose_split(options)
+        return choose_facts(options).split
     facts = load_facts(teaching.facts)
     if teaching.people is not None:
         facts = draw_people(facts, teaching.people, teaching.seed)
-    return choose_split(options, facts)
+    return choose_facts(options, facts).split
 
 
 def progress_line(

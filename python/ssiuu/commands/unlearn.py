@@ -112,7 +112,7 @@ def unlearn(
         return run
 
 
-def choose_split(options: UnlearnOptions, facts: Sequence[Fact] | None = None) -> Split:
+def choose_facts(options: UnlearnOptions, facts: Sequence[Fact] | None = None) -> FactSets:
     """The sets that the options name.
 
     Args:
@@ -122,14 +122,17 @@ def choose_split(options: UnlearnOptions, facts: Sequence[Fact] | None = None) -
         ValueError: an empty or malformed set, people in two sets.
         FileNotFoundError: a file or folder that is not there.
     """
-    if options.facts is not None:
+    extra = {}
+    if options.data is not None:
+        split, extra = get_data_set(options.data).load(options.data_from, options.extra)
+    elif options.facts is not None:
         facts = load_facts(options.facts) if facts is None else facts
         split = split_by_subject(facts, options.forget_people, options.retain_people, options.seed)
     else:
-        sets = FactSets(check_split(Split(load_facts(options.forget), load_facts(options.retain), [])), {})
+        split = check_split(Split(load_facts(options.forget), load_facts(options.retain), []))
     limits = (options.forget_facts, options.retain_facts, options.test_facts)
-    parts = (at_most(facts, limit, options.seed) for facts, limit in zip(sets.split, limits, strict=True))
-    return sets._replace(split=Split(*parts))
+    limited = (at_most(facts, limit, options.seed) for facts, limit in zip(split, limits, strict=True))
+    return FactSets(Split(*limited), extra)
 
 
 def _config(options: UnlearnOptions, regularizer: Regularizer) -> dict[str, Any]:

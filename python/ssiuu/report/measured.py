@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import mean, median
-from typing import NamedTuple
+from statistics import fmean, median
+from typing import NamedTuple, TypeVar
 
-from ..attacks.kinds import ATTACK_KINDS, get_kind
+from ..attacks.kinds import AttackGroup
 from ..runs.read import RunRecord, read_runs
 from ..training.step_log import MAX_STEPS
+from .groups import attack_groups, attack_summary, attacks_in
+
+Key = TypeVar("Key")
 
 
 class Quantity(NamedTuple):
@@ -44,9 +48,11 @@ SCORES = (
     Quantity("test_margin", "Scores", "margin, test"),
 )
 EARLIER_NAMES = {"rs": "retain_score", "test_rs": "rs", "test_retain_margin": "test_margin"}
-INFLUENCE = (
-    Quantity("d_plus", "Influence variation", "D+, erased", ".3g"),
-    Quantity("d_minus", "Influence variation", "D-, hidden", ".3g"),
+DIAGNOSIS = (
+    Quantity("d_plus", "Diagnosis", "D+, erased", ".3g"),
+    Quantity("d_minus", "Diagnosis", "D-, hidden", ".3g"),
+    Quantity("lens_lowest", "Diagnosis", "logit lens: share of facts ahead, lowest layer"),
+    Quantity("cka_lowest", "Diagnosis", "CKA with the original on forget facts, lowest layer", ".3f"),
 )
 COST = (
     Quantity("seconds_per_step", "Cost", "seconds per step", ".3g"),
@@ -54,9 +60,33 @@ COST = (
 )
 
 
-def measure_run(path: Path) -> dict[str, float]:
-    """Key -> value of a finished run; a quantity that it does not have is left out."""
-    (record,) = read_runs([path])
+def measure_runs(paths: Mapping[Key, Path]) -> tuple[list[Quantity], dict[Key, dict[str, float]]]:
+    """The quantities that some of these finished runs have, and of each run key -> value; missing ones are left out."""
+    records = {name: read_runs([path])[0] for name, path in paths.items()}
+    groups = {group: _attack_quantities(group) for group in attack_groups(records.values())}
+    values = {name: _measure(record, groups) for name, record in records.items()}
+    attacks = [quantity for quantities in groups.values() for quantity in quantities]
+    known = {key for found in values.values() for key in found}
+    counts = {entry["count"] for record in records.values() for entry in (record.ablation or {}).get("ablated", ())}
+    ablations = [_ablation_quantity(count, which) for count in sorted(counts) for which in ("hidden", "random")]
+    every = (*RUN, *SCORES, *attacks, *DIAGNOSIS, *ablations, *COST)
+    return [quantity for quantity in every if quantity.key in known], values
+
+
+def _attack_quantities(group: AttackGroup) -> tuple[Quantity, Quantity]:
+    name, section = re.sub(r"[^\w.]+", "-", group.title).strip("-"), "Attacks, highest value"
+    return (
+        Quantity(f"{name}-fs", section, f"{group.title}: FS, unseen facts"),
+        Quantity(f"{name}-margin-gain", section, f"{group.title}: margin gained, unseen facts"),
+    )
+
+
+def _ablation_quantity(count: int, which: str) -> Quantity:
+    neurons = {"hidden": f"{count} neurons of largest D-", "random": f"{count} random neurons"}[which]
+    return Quantity(f"ablation-{count}-{which}", "Ablation: margin gained with neurons at zero", neurons)
+
+
+def _measure(record: RunRecord, groups: Mapping[AttackGroup, Iterable[Quantity]]) -> dict[str, float]:
     last = record.metrics[-1] if record.metrics else {}
     found = {
         "steps": record.steps,
@@ -73,50 +103,21 @@ def measure_run(path: Path) -> dict[str, float]:
         found |= {quantity.key: after.get(quantity.key) for quantity in SCORES}
     if record.diagnosis:
         found |= record.diagnosis["sum"]
-    found |= _attacked(record)
+    if record.lens:
+        found["lens_lowest"] = min(record.lens["after"]["share"], default=None)
+    if record.cka:
+        layers = [value for value in record.cka.get("forget", ()) if value is not None]
+        found["cka_lowest"] = min(layers, default=None)
+    for entry in (record.ablation or {}).get("ablated", ()):
+        for which in ("hidden", "random"):
+            if "margin" in entry[which]:
+                gained = entry[which]["margin"] - record.ablation["none"]["margin"]
+                found[_ablation_quantity(entry["count"], which).key] = gained
+    for group, (score, gain) in groups.items():
+        summary = attack_summary(record, group)
+        found[score.key] = summary.get("max_unseen_fs")
+        highest = summary.get("max_unseen_margin")
+        if highest is not None:
+            before = {a["seed"]: a["steps"][0]["unseen_margin"] for a in attacks_in(record, group)}
+            found[gain.key] = highest - fmean(before.values())
     return {key: float(value) for key, value in found.items() if value is not None}
-
-
-def quantities(keys: Iterable[str]) -> list[Quantity]:
-    """Those of these keys, in the order of the tables."""
-    keys = set(keys)
-    attacks = map(_attack_quantity, sorted((key for key in keys if "/" in key), key=_attack_order))
-    return [quantity for quantity in (*RUN, *SCORES, *attacks, *INFLUENCE, *COST) if quantity.key in keys]
-
-
-# Of an attack's steps: what is measured, its label, and whether it counts from before the attack. Facts that an attack
-# does not train on count where it has some: those that it trains on come back in any case.
-_UNSEEN = {"unseen_fs": ("FS, unseen facts", False), "unseen_margin": ("margin gained, unseen facts", True)}
-_ALL = {"fs": ("FS", False), "forget_margin": ("margin gained", True)}
-
-
-def _attacked(record: RunRecord) -> dict[str, float]:
-    """Of each kind and fraction: the highest value over the run and the learning rates, as a mean over the seeds."""
-    found = {}
-    for kind, fraction in {(attack["kind"], attack["fraction"]) for attack in record.attacks}:
-        for name, (_, gained) in (_UNSEEN if get_kind(kind).on_forget_facts else _ALL).items():
-            by_seed: dict[int, list[float]] = {}
-            for attack in record.attacks_of(kind, fraction):
-                values = [step[name] for step in attack["steps"] if name in step]
-                if values:
-                    by_seed.setdefault(attack["seed"], []).append(max(values) - gained * values[0])
-            if by_seed:
-                which = kind if fraction is None else f"{kind}-p{fraction:g}"
-                found[f"{which}/{name}"] = mean(map(max, by_seed.values()))
-    return found
-
-
-def _attack_order(key: str) -> tuple[int, float, int]:
-    kind, fraction, name = _parts(key)
-    return [*ATTACK_KINDS].index(kind), fraction or 0.0, [*_UNSEEN, *_ALL].index(name)
-
-
-def _attack_quantity(key: str) -> Quantity:
-    kind, fraction, name = _parts(key)
-    return Quantity(key, "Attacks, highest value", f"{get_kind(kind).title(fraction)}: {(_UNSEEN | _ALL)[name][0]}")
-
-
-def _parts(key: str) -> tuple[str, float | None, str]:
-    which, _, name = key.partition("/")
-    kind, _, fraction = which.partition("-p")
-    return kind, float(fraction) if fraction else None, name

@@ -17,7 +17,7 @@ from ..runs.folder import replace_file
 from ..runs.locks import locked
 from ..runs.study import Study
 from ..runs.tasks import FAILED, Task
-from .measured import Quantity, measure_run, quantities
+from .measured import Quantity, measure_runs
 from .style import FAINT, INK, STYLE, new_figure, save
 
 MISSING = "–"
@@ -35,21 +35,20 @@ def write_results(study: Study, tasks: Mapping[str, Task], out: Path) -> Path:
     Raises:
         BusyError: another process writes them.
     """
+    finished = [task for task in tasks.values() if task.cell and task.has_finished_run(out)]
+    shown, measured = measure_runs({(task.cell.name, task.seed): task.folder(out) for task in finished})
     values: dict[str, dict[int, dict[str, float]]] = {name: {} for name in study.cells}
-    failures = {}
-    for task in tasks.values():
-        if task.cell and task.has_finished_run(out):
-            values[task.cell.name][task.seed] = measure_run(task.folder(out))
-        if task.state(out).get("status") == FAILED:
-            failures[task.name] = task.state(out)["error"]
-    shown = quantities(key for seeds in values.values() for found in seeds.values() for key in found)
+    for (cell, seed), found in measured.items():
+        values[cell][seed] = found
+    states = {task.name: task.state(out) for task in tasks.values()}
+    failures = {name: state["error"] for name, state in states.items() if state.get("status") == FAILED}
     folder = out / "results"
     with locked(folder):
         results = _as_json(study, values, shown, failures)
         replace_file(folder / "results.json", json.dumps(results, indent=1) + "\n")
         replace_file(folder / "table.md", _as_markdown(study, results, shown))
         for quantity in shown:
-            save(_draw(study, results, quantity), folder / f"{quantity.key.replace('/', '-')}.png")
+            save(_draw(study, results, quantity), folder / f"{quantity.key}.png")
     return folder
 
 

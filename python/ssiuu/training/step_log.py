@@ -33,8 +33,8 @@ class StepRecord(NamedTuple):
             micro-batches, padding left out), "peak_memory_bytes" (`peak_memory`), "loss", "loss_grad_norm"; of
             unlearning also "engine" (which made the gradients: one-backward, two-backward, or plain without a
             penalty), "facts_in_loss" (forget samples of the step, where facts can leave), and what its regularizer
-            measures ("penalty", "penalty_grad_norm", "share" and "lambda"). The last line has "stopped_by": what `stop`
-            returned, or "max_steps".
+            measures ("penalty", "penalty_grad_norm", "share" and "lambda"). The last line has
+            "stopped_by": what `stop` returned, or "max_steps".
         evaluate: returns scores of the model as it is; called every `evaluate_every` steps, and merged into the line.
         evaluate_every: in optimizer steps.
         stop: what in these scores ends the run; None where it goes on.

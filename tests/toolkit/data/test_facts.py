@@ -12,6 +12,7 @@ from ssiuu.data.facts import (
     by_subject,
     check_split,
     draw_people,
+    judged_by_choice,
     load_facts,
     save_facts,
     split_by_subject,
@@ -121,6 +122,47 @@ def test_bad_splits(message, split):
 def test_options_in_later_rows_only(tmp_path):
     with pytest.raises(ValueError, match=r"f\.jsonl, line 2, field 'false_options' is \['b'\], unlike"):
         load_facts(write_rows(tmp_path / "f.jsonl", {"question": "q", "answer": "a"}, GOOD))
+
+
+PARAPHRASED = {"question": "q", "answer": "a", "paraphrase": "c", "false_options": ["b"]}
+
+
+def test_a_paraphrase_is_the_true_option(tmp_path):
+    (fact,) = load_facts(write_rows(tmp_path / "f.jsonl", PARAPHRASED))
+    assert (fact.answer, fact.true_option, fact.options) == ("a", "c", ("c", "b"))
+
+
+def test_tofus_names_of_options_and_paraphrase(tmp_path):
+    row = {"question": "q", "answer": "a", "paraphrased_answer": "c", "perturbed_answer": ["b"]}
+    assert load_facts(write_rows(tmp_path / "f.jsonl", row)) == [Fact("q", "a", ("b",), None, "c")]
+
+
+def test_facts_are_judged_by_choice_where_their_options_are_worded_like_the_answer():
+    choice = Fact("q", "a", ("b",))
+    assert judged_by_choice([choice, choice])
+    assert not judged_by_choice([choice, Fact("q", "a")])
+    assert not judged_by_choice([choice, Fact("q", "a", ("b",), None, "c")])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({**PARAPHRASED, "paraphrase": "b"}, "line 2, field 'false_options' contains the answer 'b'"),
+        ({**PARAPHRASED, "paraphrase": 3}, "line 2, field 'paraphrase' is 3"),
+        ({**PARAPHRASED, "paraphrase": None}, "line 2, field 'paraphrase' is None, unlike that of the first row"),
+        ({**PARAPHRASED, "answer": "++"}, r"line 2, field 'answer' is '\+\+', without a letter or digit"),
+    ],
+)
+def test_malformed_paraphrases_are_named(tmp_path, row, said):
+    with pytest.raises(ValueError, match=r"f\.jsonl, " + said):
+        load_facts(write_rows(tmp_path / "f.jsonl", PARAPHRASED, row))
+
+
+def test_a_benchmark_may_have_a_person_in_two_sets():
+    split = Split([Fact("q", "a", (), "s")], [Fact("r", "a", (), "s")], [])
+    assert check_split(split, shared=("question",)) == split
+    with pytest.raises(ValueError, match="share the subject 's'"):
+        check_split(split)
 
 
 def test_a_limited_set_is_even_among_its_people(facts):
