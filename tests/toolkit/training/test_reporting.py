@@ -14,7 +14,10 @@ def test_the_line_of_every_step_goes_through_the_trainer(options, tmp_path, monk
         Trainer, "log", lambda trainer, values, *more: logged.append(dict(values)) or log(trainer, values)
     )
     run = unlearn(options.replace(max_steps=3), tmp_path / "run")
-    numbers = [{name: value for name, value in line.items() if name not in ("step", "engine")} for line in lines(run)]
+    numbers = [
+        {name: value for name, value in line.items() if name not in ("step", "engine", "stopped_by")}
+        for line in lines(run)
+    ]
     assert [values for values in logged if "lambda" in values] == numbers
     assert len(numbers) == 3
 
