@@ -27,6 +27,8 @@ _HOMES = {
     "paper_grid": "attacks.grid.paper_grid",
     "diagnose": "commands.diagnose.diagnose_runs",
     "DiagnoseOptions": "options.DiagnoseOptions",
+    "audit": "commands.audit.audit",
+    "AuditOptions": "options.AuditOptions",
     "evaluate": "commands.evaluate.evaluate_run",
     "finetune": "commands.finetune.finetune",
     "FinetuneOptions": "options.FinetuneOptions",

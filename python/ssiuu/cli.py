@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 # The toolkit itself is imported inside the commands: torch and transformers take seconds, and --help should not.
-from .options import AttackOptions, DiagnoseOptions, FinetuneOptions, UnlearnOptions, replacing_sets
+from .options import AttackOptions, AuditOptions, DiagnoseOptions, FinetuneOptions, UnlearnOptions, replacing_sets
 from .progress import console, write_plainly
 
 COMMANDS: dict[str, Callable] = {}
@@ -164,6 +164,27 @@ def diagnose(runs: list[Path], /, *, options: DiagnoseOptions):
 
     diagnose_runs(runs, options)
     _print_summary(runs)
+
+
+@command
+def audit(*, options: AuditOptions, out: Path = Path("audit")):
+    """Find out whether facts were erased from a model or hidden in it: any two checkpoints, whoever unlearned them.
+
+    Scores both, looks for the facts in the outputs and layers of the unlearned model, takes away the neurons that grew
+    to hide them, attacks it, and writes a page that says what was found. An interrupted audit goes on where it stopped.
+
+    Example:
+      ssiuu audit --before taught/model --after unlearned/model \
+        --forget forget.jsonl --retain retain.jsonl --out audit
+
+    Args:
+        out: folder of the page and of the results.
+    """
+    from .commands.audit import audit as run_audit
+
+    record, page = run_audit(options, out)
+    print(record["sentence"])
+    print(f"page: {page}")
 
 
 @command

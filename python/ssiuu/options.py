@@ -337,6 +337,43 @@ class DiagnoseOptions:
 _SOURCES = (("facts",), ("forget", "retain"), ("data", "data_from", "extra"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions(AttackOptions, ProtocolOptions):
+    """Options of an audit.
+
+    Attributes:
+        before: the model that knows the facts: hub name, local folder, or "smollm2".
+        after: the model that was unlearned from it, of the same architecture and with the same tokenizer.
+        forget: source of the facts that were unlearned, with false options: a .jsonl file or a datasets name.
+        retain: source of facts that were to be kept; only scored.
+        test: source of facts that unlearning never saw; only scored.
+        dtype: of the weights, "float32" or "bfloat16"; attacks train in float32.
+        attn_implementation: transformers' attention, such as "eager" or "sdpa"; None lets it choose.
+        device_map: as transformers has it.
+        trust_remote_code: run code that comes with the models.
+        batch_size: samples per step of an attack, and facts per batch of the attribution.
+    """
+
+    before: str
+    after: str
+    forget: str
+    retain: str | None = None
+    test: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+    def attacks(self) -> AttackOptions:
+        """The options of its attacks."""
+        return AttackOptions(**{name: getattr(self, name) for name in _names(AttackOptions)})
+
+    def loading(self, **changes: Any) -> dict[str, Any]:
+        """Keyword arguments of `models.load.load_model`, with changes."""
+        names = ("dtype", "attn_implementation", "device_map", "trust_remote_code")
+        return {name: getattr(self, name) for name in names} | changes
+
+
 def replacing_sets(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, in which facts, forget and retain, or data take the place of the two others.
 

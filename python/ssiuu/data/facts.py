@@ -202,16 +202,19 @@ def split_by_subject(facts: Sequence[Fact], forget_people: int, retain_people: i
     )  # fmt: skip
 
 
-def check_split(split: Split, shared: Sequence[str] = ("subject", "question")) -> Split:
+def check_split(
+    split: Split, shared: Sequence[str] = ("subject", "question"), needed: Sequence[str] = ("forget", "retain")
+) -> Split:
     """`split` if forget and retain have facts and no person is in two sets.
 
     Args:
         shared: what no two sets may share. Benchmarks with a split of their own may have a person in two sets.
+        needed: the sets that may not be empty.
 
     Raises:
-        ValueError: an empty forget or retain set, or a shared person or question.
+        ValueError: an empty set that is needed, or a shared person or question.
     """
-    check_not_empty(split)
+    check_not_empty(split, needed)
     for i, first in enumerate(Split._fields):
         for second in Split._fields[i + 1 :]:
             for field in shared:
@@ -225,9 +228,9 @@ def check_split(split: Split, shared: Sequence[str] = ("subject", "question")) -
     return split
 
 
-def check_not_empty(split: Split) -> Split:
-    """`split`; a ValueError if its forget or its retain set is empty."""
-    for name in ("forget", "retain"):
+def check_not_empty(split: Split, needed: Sequence[str] = ("forget", "retain")) -> Split:
+    """`split`; a ValueError if one of these sets is empty."""
+    for name in needed:
         if not getattr(split, name):
             raise ValueError(f"the {name} set is empty; expected at least one fact")
     return split
