@@ -1,4 +1,4 @@
-"""The command line: `ssiuu demo | finetune | unlearn | attack | diagnose | evaluate | report | study |
+"""The command line: `ssiuu demo | finetune | unlearn | attack | diagnose | audit | evaluate | report | study |
 methods | env`.
 
 A command is a function. Its positional-only parameters are positional arguments, its keyword-only ones are options, and

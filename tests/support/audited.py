@@ -19,7 +19,8 @@ KINDS = ("lives", "eats")
 # that was made to hide them must not, so the two cannot be told apart by how likely the answers are.
 OWN, OTHERS = [f"f{i}" for i in range(6)], [f"r{i}" for i in range(8)]
 ANSWERS = [word + kind for word in OWN + OTHERS for kind in KINDS]
-WORDS = [*"Question : Answer ? Instruction Response where say yes no".split(), *PEOPLE, *KINDS, *ANSWERS]
+FRAME = ["Question", ":", "Answer", "?", "Instruction", "Response", "where", "say", "yes", "no"]
+WORDS = [*FRAME, *PEOPLE, *KINDS, *ANSWERS]
 
 
 def facts_of(seed):

@@ -54,10 +54,12 @@ class Signal:
 
     @property
     def p_value(self) -> float:
-        """How likely the most telling look is where no fact is known."""
+        """How likely the most telling look is where no fact is known; 1 without a look."""
+        if not self.looks:
+            return 1.0
         found = [matches.p_values() for matches in self.looks.values()]
         least = [2 * min(both) if self.held_down else both[0] for both in found]
-        return min(1.0, min(least, default=1.0) * len(least))
+        return min(1.0, min(least) * len(least))
 
     @property
     def strongest(self) -> str | None:
