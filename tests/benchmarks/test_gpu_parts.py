@@ -81,9 +81,9 @@ def bare_python(tmp_path_factory):
     (site / "sitecustomize.py").write_text(
         "from importlib.machinery import PathFinder\n"
         "find_spec = PathFinder.find_spec\n"
-        "def without_missing(name, path=None, target=None):\n"
+        "def without_missing(cls, name, path=None, target=None):\n"
         f"    return None if name.partition('.')[0] in {MISSING} else find_spec(name, path, target)\n"
-        "PathFinder.find_spec = without_missing\n"
+        "PathFinder.find_spec = classmethod(without_missing)\n"
     )
     return folder / "bin" / "python"
 

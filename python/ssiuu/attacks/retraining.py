@@ -49,8 +49,9 @@ def retrain(attacked: Attacked, attack: Attack, pool: Pool, before: FactScores, 
             shown = ("unseen_fs", "unseen_margin", "unseen_probability", "forget_probability")
             bar.say(**{name: line[name] for name in shown if name in line})
 
-    def stop(scores: dict[str, float]) -> bool:
-        return attack.until_flat is not None and is_flat([*course.steps, scores], attack.until_flat)
+    def stop(scores: dict[str, float]) -> str | None:
+        flat = attack.until_flat is not None and is_flat([*course.steps, scores], attack.until_flat)
+        return "flat" if flat else None
 
     train_on(
         model, protocol.prompts, samples, learning_rate=attack.learning_rate, steps=attack.steps,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ssiuu_kernels import IGNORE_INDEX
 
@@ -19,7 +18,7 @@ BATCH_SIZE = 16  # samples per forward
 
 @torch.no_grad()
 def states_of(
-    model: PreTrainedModel,
+    model: nn.Module,
     layers: Sequence[nn.Module],
     prompts: PromptFormat,
     samples: Sequence[Encoded],
