@@ -174,7 +174,7 @@ def audit(*, options: AuditOptions, out: Path = Path("audit")):
     to hide them, attacks it, and writes a page that says what was found. An interrupted audit goes on where it stopped.
 
     Example:
-      ssiuu audit --before taught/model --after unlearned/model \
+      ssiuu audit --before taught/model --after unlearned/model \\
         --forget forget.jsonl --retain retain.jsonl --out audit
 
     Args:
