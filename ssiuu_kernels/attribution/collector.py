@@ -36,7 +36,7 @@ class Recorder:
         self._rows = (batch, (batch[0] * batch[1],))
 
     def enter(self, name: str, lead: Lead, connected: bool) -> None:
-        """See `hidden.Observer`."""
+        """See `modules.mlp.Observer`."""
         self.expect(name, "h", lead, connected)
 
     def expect(self, name: str, kind: str, lead: Lead, connected: bool) -> None:
@@ -50,7 +50,7 @@ class Recorder:
             self.expected[name, kind].add(lead)
 
     def bypassed(self, name: str, why: str) -> None:
-        """See `hidden.Observer`."""
+        """See `modules.mlp.Observer`."""
         raise ValueError(f"{name} cannot be attributed: {why}")
 
     def check_complete(self) -> None:
@@ -63,7 +63,7 @@ class Recorder:
             )
 
     def backward(self, name: str, form: Form, inputs: tuple[Tensor, ...], grad_h: Tensor, options: dict) -> tuple:
-        """The gradients of a hidden activation's inputs; records its scores. See `hidden.Observer`."""
+        """The gradients of a hidden activation's inputs; records its scores. See `modules.mlp.Observer`."""
         if self._prove(name, grad_h):
             return form.backward(*inputs, grad_h, **options).inputs
         grads = form.backward(*inputs, grad_h, segments=self.segments, scores=True, **options)
