@@ -74,7 +74,7 @@ def said_of(error: BaseException) -> str:
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0):
     """Unlearn some people from SmolLM2 with GD and with SSIUU, attack and diagnose both, and write the report.
 
-    Takes about six minutes on two CPU cores. An interrupted demo goes on where it stopped.
+    Takes about eight minutes on two CPU cores. An interrupted demo goes on where it stopped.
 
     Example:
       ssiuu demo --out runs/demo
