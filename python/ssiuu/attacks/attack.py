@@ -86,7 +86,7 @@ class Attack(RetrainingOptions):
         """This attack with its pool chosen: the paper's for such facts, where none was named.
 
         Args:
-            right_or_wrong: whether answers are judged so (`judges_right_or_wrong`).
+            right_or_wrong: whether answers are judged as right or wrong (`judged_by_choice`).
         """
         return self if self.pool else replace(self, pool="wrong" if right_or_wrong else "all")
 

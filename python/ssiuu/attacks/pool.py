@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from ..data.facts import Fact, judged_by_choice
 from ..evaluation.likelihood import FactScores
 
 POOLS = {
@@ -65,11 +64,6 @@ class Pool(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """For an attack's file."""
         return {"name": self.name, "definition": POOLS[self.name], "size": len(self.indices), **self._asdict()}
-
-
-def judges_right_or_wrong(facts: Sequence[Fact], scoring: str) -> bool:
-    """Whether a run with this scoring calls an answer right or wrong, which ROUGE-L recall does not."""
-    return judged_by_choice(facts) if scoring == "auto" else scoring != "rouge"
 
 
 def number_of(fraction: float, size: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..attacks.attack import Attack
 from ..attacks.attacked import Attacked
 from ..attacks.execute import execute, length
-from ..attacks.pool import judges_right_or_wrong
+from ..data.facts import judged_by_choice
 from ..evaluation.protocol import Protocol
 from ..models.load import load_model
 from ..options import recorded_model
@@ -36,7 +36,7 @@ def attack_run(run_dir: str | Path, attacks: Sequence[Attack]) -> list[dict]:
         attack.check()
     run = Run.open(run_dir)
     config, forget = run.read("config.json"), run.split().forget
-    right_or_wrong = judges_right_or_wrong(forget, config.get("scoring", "auto"))
+    right_or_wrong = judged_by_choice(forget)
     attacks = [attack.on(right_or_wrong) for attack in attacks]
     pending = [attack for attack in attacks if not _done(run, attack)]
     for attack in pending:

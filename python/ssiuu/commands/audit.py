@@ -23,9 +23,9 @@ from ..attacks.attacked import Attacked
 from ..attacks.execute import execute, length
 from ..attacks.grid import grid_of
 from ..attacks.kinds import AttackGroup
-from ..attacks.pool import judges_right_or_wrong
-from ..data.facts import Fact, Split, check_split, load_facts
+from ..data.facts import Fact, Split, check_split, judged_by_choice, load_facts
 from ..data.prompts import Encoded
+from ..evaluation.likelihood import score_facts
 from ..evaluation.protocol import Protocol
 from ..evaluation.sets import evaluate_split
 from ..models.layers import LogitLens
@@ -136,7 +136,7 @@ def _read(stored: dict[str, Any]) -> Matches:
 
 
 def _attacks(options: AuditOptions, forget: Sequence[Fact]) -> list[Attack]:
-    right_or_wrong = judges_right_or_wrong(forget, getattr(options, "scoring", "auto"))
+    right_or_wrong = judged_by_choice(forget)
     attacks = [attack.on(right_or_wrong) for attack in grid_of(options.attacks())]
     for attack in attacks:
         attack.check()
@@ -221,7 +221,7 @@ def _measure_before(options: AuditOptions, split: Split, parts: Parts) -> None:
         raise ValueError(
             f"{options.before} answers {len(known)} of the {len(right)} forget facts, of which {len(facts)} can be "
             "compared with other questions of their kind; expected a model that knows enough of them that something "
-            "could be erased (are --prompt and --shots those that it was taught with? do the facts have subjects?)"
+            "could be erased (is --shots the number that it was taught with? do the facts have subjects?)"
         )
     fits = comparable(protocol.prompts, facts)
     influence = _influence(model, protocol, facts, options)
@@ -294,7 +294,7 @@ def _influence(
 
 def _right(model: PreTrainedModel, protocol: Protocol, facts: Sequence[Fact]) -> list[bool]:
     """Of each fact, whether its true option is likelier than the false ones."""
-    return [score == 1 for score in Protocol(protocol.prompts, "likelihood").score(model, facts).score.tolist()]
+    return (score_facts(model, protocol.prompts, facts, choice=True).score == 1).tolist()
 
 
 def _attack(options: AuditOptions, attacks: list[Attack], facts: list[Fact], parts: Parts) -> list[dict]:

@@ -43,8 +43,8 @@ def unlearn_matched(options: UnlearnOptions, match: Match, other: Run, folder: P
         return unlearn_to_end(options.replace(stop_distance=last["distance"]), folder)
     if last["stopped_by"] == MAX_STEPS:
         raise ValueError(
-            f"{other.path} took its max_steps={last['step']} without reaching its stop, so there is no number of "
-            "steps to match; raise max_steps"
+            f"{other.path} reached max_steps={last['step']} before its stop, so its steps cannot be matched; raise "
+            "max_steps"
         )
     return _search(options, match, last["step"], folder, trials)
 

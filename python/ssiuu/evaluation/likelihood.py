@@ -27,7 +27,7 @@ class FactScores(NamedTuple):
     Attributes:
         score: 1 where the true option has a higher log-likelihood per token than every false one, else 0; for facts
             that are not judged by choice (`judged_by_choice`), ROUGE-L recall of the generated answer.
-        probability: `P(y|x)` of the true answer.
+        probability: `P(y|x)` of the true answer; of the true option where facts are judged by choice.
         margin: log-likelihood per token of the true option, less that of the best false one; NaN without choice.
     """
 
@@ -51,6 +51,7 @@ def score_facts(
     prompts: PromptFormat,
     facts: Sequence[Fact],
     *,
+    choice: bool | None = None,
     batch_size: int = 48,
     progress: Callable[[int], None] | None = None,
 ) -> FactScores:
@@ -58,10 +59,11 @@ def score_facts(
 
     Args:
         facts: all judged by choice, or none.
+        choice: whether to judge by choice among the options, which the facts have then; None as `judged_by_choice`.
         batch_size: sequences per forward.
         progress: called with the number of facts done since the last call.
     """
-    choice = judged_by_choice(facts)
+    choice = judged_by_choice(facts) if choice is None else choice
     counts = [len(fact.options) if choice else 1 for fact in facts]
     # Writing the answers takes most of the time where there are no options, and choosing takes all of it elsewhere.
     chosen, written = (progress, None) if choice else (None, progress)

@@ -21,11 +21,9 @@ class Protocol:
 
     Attributes:
         prompts: how facts become tokens: in training, attribution and scores.
-        scoring: how answers are judged.
     """
 
     prompts: PromptFormat
-    scoring: str = "auto"
 
     @classmethod
     def of(

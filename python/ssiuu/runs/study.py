@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Argument, fields_of, read_yaml
+from ..attacks.attack import Attack
 from ..attacks.grid import grid_of
-from ..attacks.retraining import Attack
 from ..options import (
     OPTION_NAMES,
     AttackOptions,

@@ -378,37 +378,3 @@ def test_the_state_of_adamw_has_no_anchor_yet():
     assert other.last_stats.value > 0
     for param, attribution in zip(others, attributions, strict=True):
         assert torch.equal(other.state[param]["prev_attribution"], attribution)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["native", "triton"])
-@pytest.mark.parametrize("anchor", ANCHORS)
-def test_a_captured_step_is_replayed(anchor, backend):
-    params = [torch.nn.Parameter(torch.randn(size)) for size in SIZES]
-    others = [torch.nn.Parameter(param.detach().clone()) for param in params]
-    grads = gradients(params)
-    options = {"lr": 0.1, "penalty_share": 0.3, "anchor": anchor, "backend": backend}
-    eager, captured = sk.SsiuuAdamW(params, **options), sk.SsiuuAdamW(others, capturable=True, **options)
-    own = [(grad.clone(), target_grad.clone()) for grad, target_grad in grads]
-
-    def captured_step():
-        for other, (grad, target_grad) in zip(others, own, strict=True):
-            other.grad, other.target_grad = grad, target_grad
-        captured.step()
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # kernels are compiled and states made outside of the graph
-        captured_step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured_step()
-    for _ in range(3):
-        graph.replay()
-    for _ in range(4):
-        step(eager, params, grads)
-    for param, other in zip(params, others, strict=True):
-        torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(
-            eager.state[param]["prev_attribution"], captured.state[other]["prev_attribution"], rtol=1e-5, atol=1e-6
-        )

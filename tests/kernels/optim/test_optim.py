@@ -253,12 +253,13 @@ def test_capturable_is_the_same_optimizer(share):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["native", "triton"])
-def test_a_captured_step_is_replayed(backend):
-    """Three replays of a captured step equal three steps, lambda and bias corrections included."""
+@pytest.mark.parametrize("anchor", ["previous", "original"])
+def test_a_captured_step_is_replayed(anchor, backend):
+    """Three replays of a captured step equal three steps, lambda, anchor and bias corrections included."""
     params = many_parameters()
     give_gradients(params)
     others = twins(params)
-    options = {"lr": 0.1, "penalty_share": 0.3, "backend": backend}
+    options = {"lr": 0.1, "penalty_share": 0.3, "anchor": anchor, "backend": backend}
     eager = sk.SsiuuAdamW(params, **options)
     captured = sk.SsiuuAdamW(others, capturable=True, **options)
     target_grads = [other.target_grad for other in others]
@@ -283,6 +284,8 @@ def test_a_captured_step_is_replayed(backend):
         eager.step()
     for param, other in zip(params, others, strict=True):
         assert torch.allclose(param, other, rtol=1e-5, atol=1e-6)
+        anchors = (optimizer.state[p]["prev_attribution"] for optimizer, p in ((eager, param), (captured, other)))
+        assert torch.allclose(*anchors, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ssiuu.attacks.attack import Attack
-from ssiuu.attacks.pool import judges_right_or_wrong
-from ssiuu.data.facts import Fact
+from ssiuu.data.facts import Fact, judged_by_choice
 
 HARMFUL = Attack("harmful", 0.3, 1e-5, 2)
 
@@ -31,11 +30,13 @@ def test_names(name, attack):
     assert attack.name == name
 
 
-@pytest.mark.parametrize(
-    ("options", "scoring", "pool"), [((), "auto", "all"), (("b", "c"), "auto", "wrong"), (("b", "c"), "rouge", "all")]
-)
-def test_the_pool_is_the_papers_for_such_facts(options, scoring, pool):
-    judged = judges_right_or_wrong([Fact("q", "a", options)], scoring)
+# A fact with a paraphrase is scored by ROUGE-L recall, as TOFU's perturbed sets are.
+POOLS = [(Fact("q", "a"), "all"), (Fact("q", "a", ("b", "c")), "wrong"), (Fact("q", "a", ("b",), None, "A"), "all")]
+
+
+@pytest.mark.parametrize(("fact", "pool"), POOLS)
+def test_the_pool_is_the_papers_for_such_facts(fact, pool):
+    judged = judged_by_choice([fact])
     assert HARMFUL.on(judged).pool == pool
     assert replace(HARMFUL, pool="all").on(judged).pool == "all"
 
@@ -94,4 +95,4 @@ UNFIT = {
 def test_unfit_data(message, case):
     attack, facts = case
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        attack.check_data(facts, judges_right_or_wrong(facts, "auto"))
+        attack.check_data(facts, judged_by_choice(facts))

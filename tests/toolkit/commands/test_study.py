@@ -256,7 +256,7 @@ def test_a_run_that_did_not_reach_its_stop_cannot_be_matched_in_steps(content, t
     study["base"]["threshold"] = -1.0
     assert run_here(write_study(tmp_path, study), tmp_path / "out") == 1
     error = json.loads((tmp_path / "out/control/seed0.json").read_text())["error"]
-    assert "took its max_steps=2 without reaching its stop" in error
+    assert "reached max_steps=2 before its stop" in error
 
 
 def test_a_distance_is_matched(content, tmp_path):

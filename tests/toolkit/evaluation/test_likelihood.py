@@ -56,3 +56,13 @@ def test_an_answer_with_a_paraphrase_is_scored_itself_and_by_rouge(loaded):
         *(score_facts(model, PromptFormat(tokenizer, 0), [f]) for f in (fact, plain)), strict=True
     ):
         torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_a_choice_that_is_asked_for_is_between_the_paraphrase_and_the_false_options(loaded):
+    model, tokenizer = loaded
+    prompts = PromptFormat(tokenizer, 0)
+    fact = Fact("where ann born", "rome", ("oslo oslo",), paraphrase="rome rome")
+    right, wrong = (plain_log_prob(model, prompts, fact.question, text) / 2 for text in ("rome rome", "oslo oslo"))
+    scores = score_facts(model, prompts, [fact], choice=True)
+    assert scores.margin.item() == pytest.approx((right - wrong).item(), abs=1e-4)
+    assert scores.score.item() == float(right > wrong)
